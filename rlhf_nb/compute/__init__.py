@@ -1,0 +1,1 @@
+"""From a submitted spec to processes beside the accelerator, and back through the run directory."""

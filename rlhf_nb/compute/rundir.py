@@ -1,0 +1,227 @@
+"""The run directory: the truth of a run, and the only thing its processes share.
+
+    spec.json        what to compute; written once
+    events.jsonl     one writer at a time: rank 0, after its death the supervisor
+    control.jsonl    appended by agents, read by rank 0
+    supervisor.json  who watches, and in which phase
+    ranks/           one file a rank: pid and creation time; the last error
+    exit.json        how the attempt ended; written before the terminal event
+    log.txt          stdout and stderr of every process
+    checkpoints/  model/
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlhf_nb.errors import StorageError
+from rlhf_nb.protocol.events import AnyEvent, parse_event
+from rlhf_nb.protocol.spec import RunSpec
+
+_WAYS_OUT = {
+    errno.ENOSPC: "no space is left on the device; free some, then run.resume() continues from the last checkpoint",
+    errno.EROFS: "the file system is read-only; put the workspace somewhere writable with %rlhf workspace PATH",
+    errno.EACCES: "permission denied; choose a directory you may write with %rlhf workspace PATH",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+}
+
+
+@contextmanager
+def storage_errors(path: Path | str) -> Iterator[None]:
+    """Turn the operating system's refusals to write into one line with the path and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _WAYS_OUT:
+            raise StorageError(f"{path}: {_WAYS_OUT[error.errno]}") from error
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically and durably: a reader sees the old file or the whole new one."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(scratch, "w", encoding="utf-8") as handle:
+            json.dump(value, handle, ensure_ascii=False, default=str)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(scratch, path)
+
+
+def read_json(path: Path) -> Any | None:
+    """The file's value, or None where it does not exist."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Append one JSON line with a single write, and make it durable before returning."""
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, (json.dumps(value, ensure_ascii=False) + "\n").encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """A process, not just a pid: pids are reused."""
+
+    pid: int
+    created: float
+
+    @classmethod
+    def of(cls, pid: int | None = None) -> ProcessIdentity:
+        process = psutil.Process(pid)
+        return cls(process.pid, process.create_time())
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any] | None) -> ProcessIdentity | None:
+        return cls(int(value["pid"]), float(value["created"])) if value and value.get("pid") else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"pid": self.pid, "created": self.created}
+
+    def alive(self) -> bool:
+        """True for this very process, running and not a zombie."""
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.created) < 0.05 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+class LineTail:
+    """Incremental reader of a JSONL file: whole lines only, from where the last read ended."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.path, self.offset = path, offset
+
+    def read_raw(self, limit: int | None = None) -> list[bytes]:
+        try:
+            size = os.stat(self.path).st_size
+        except FileNotFoundError:
+            return []
+        if size <= self.offset:
+            return []
+        with open(self.path, "rb") as handle:
+            handle.seek(self.offset)
+            data = handle.read(limit) if limit else handle.read()
+            if limit and b"\n" not in data:
+                data += handle.readline()
+        end = data.rfind(b"\n") + 1
+        self.offset += end
+        return data[:end].splitlines()
+
+    def read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.read_raw() if line.strip()]
+
+
+class EventWriter:
+    """Appends events with the next `seq`. Repairs a line that a killed writer left torn."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last_seq = _repair(path)
+        with storage_errors(path):
+            self._handle = open(path, "ab", buffering=0)
+
+    def write(self, event: AnyEvent) -> AnyEvent:
+        stamped = event.model_copy(update={"seq": self.last_seq + 1, "t": event.t or time.time()})
+        line = (stamped.model_dump_json() + "\n").encode()
+        with storage_errors(self.path):
+            written = self._handle.write(line)
+            if written != len(line):
+                # A full disk may take a part of the line: take it back, so that the log stays whole.
+                os.ftruncate(self._handle.fileno(), os.fstat(self._handle.fileno()).st_size - (written or 0))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.last_seq += 1
+        return stamped
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+def _repair(path: Path) -> int:
+    """Drop a torn last line; return the last seq."""
+    if not path.exists():
+        return 0
+    with open(path, "rb+") as handle:
+        end = handle.seek(0, os.SEEK_END)
+        if end == 0:
+            return 0
+        back = min(end, 1 << 16)
+        while True:
+            handle.seek(end - back)
+            data = handle.read(back)
+            complete = data.rfind(b"\n") + 1
+            start = data.rfind(b"\n", 0, max(complete - 1, 0)) + 1
+            if back == end or (complete and start):
+                break
+            back = min(end, back * 4)
+        if complete != len(data):
+            handle.truncate(end - back + complete)
+        last = data[start:complete].strip()
+        return int(json.loads(last)["seq"]) if last else 0
+
+
+class RunDir:
+    """Paths and small readers of one run's directory."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.spec_path = self.path / "spec.json"
+        self.events_path = self.path / "events.jsonl"
+        self.control_path = self.path / "control.jsonl"
+        self.exit_path = self.path / "exit.json"
+        self.supervisor_path = self.path / "supervisor.json"
+        self.log_path = self.path / "log.txt"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.ranks = self.path / "ranks"
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    def create(self, spec: RunSpec) -> None:
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.ranks.mkdir(exist_ok=True)
+        write_json(self.spec_path, spec.model_dump(mode="json"))
+
+    def spec(self) -> RunSpec:
+        return RunSpec.model_validate(read_json(self.spec_path))
+
+    def exit(self) -> dict[str, Any] | None:
+        return read_json(self.exit_path)
+
+    def supervisor(self) -> dict[str, Any] | None:
+        return read_json(self.supervisor_path)
+
+    def events(self, since: int = 0) -> list[AnyEvent]:
+        return [event for event in map(parse_event, LineTail(self.events_path).read_raw()) if event.seq > since]
+
+    def log_tail(self, lines: int = 20) -> list[str]:
+        try:
+            with open(self.log_path, "rb") as handle:
+                handle.seek(max(0, handle.seek(0, os.SEEK_END) - 65536))
+                text = handle.read().decode("utf-8", "replace")
+        except FileNotFoundError:
+            return []
+        return text.splitlines()[-lines:]

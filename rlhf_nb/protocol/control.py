@@ -1,0 +1,58 @@
+"""What a person asks of a live run: lines of `control.jsonl`, appended by the agent, read between optimizer steps."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class Control(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    id: str = Field(default_factory=lambda: uuid.uuid4().hex)
+    t: float = Field(default_factory=time.time)
+    who: str = ""
+    why: str = ""
+
+
+class SetCoefficient(Control):
+    op: Literal["set"] = "set"
+    name: str
+    value: float
+
+
+class Pause(Control):
+    op: Literal["pause"] = "pause"
+
+
+class Resume(Control):
+    op: Literal["resume"] = "resume"
+
+
+class Stop(Control):
+    """End after the current step; the model is saved and the run counts as done."""
+
+    op: Literal["stop"] = "stop"
+
+
+class SaveCheckpoint(Control):
+    op: Literal["checkpoint"] = "checkpoint"
+
+
+class Sample(Control):
+    """Ask for completions of a prompt at the next step boundary; the answer is a `samples` event with this id."""
+
+    op: Literal["sample"] = "sample"
+    prompts: list[str]
+
+
+AnyControl = Annotated[
+    SetCoefficient | Pause | Resume | Stop | SaveCheckpoint | Sample, Field(discriminator="op")
+]
+_ADAPTER: TypeAdapter[AnyControl] = TypeAdapter(AnyControl)
+
+
+def parse_control(line: str | bytes | dict) -> AnyControl:
+    return _ADAPTER.validate_python(line) if isinstance(line, dict) else _ADAPTER.validate_json(line)

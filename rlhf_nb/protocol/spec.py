@@ -1,0 +1,193 @@
+"""The run spec: everything that decides what a run computes, as plain JSON.
+
+A spec is written once, to `spec.json` in the run directory, before anything starts. Models, data and rewards are *references*
+that are resolved beside the accelerator when the job starts, so an unfinished run can stand for the model it will save.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SPEC_VERSION = 1
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NamedModel(Frozen):
+    """A model that always resolves: `toy` or `toy-sft`."""
+
+    kind: Literal["named"] = "named"
+    name: str
+
+
+class RunModel(Frozen):
+    """The model a run saves when it finishes, or when its user stops it."""
+
+    kind: Literal["run"] = "run"
+    run_id: str
+
+
+class PathModel(Frozen):
+    """A saved directory on the compute host: safetensors, a config and a tokenizer."""
+
+    kind: Literal["path"] = "path"
+    path: str
+
+
+class HubModel(Frozen):
+    kind: Literal["hub"] = "hub"
+    repo_id: str
+    revision: str | None = None
+
+
+ModelRef = Annotated[NamedModel | RunModel | PathModel | HubModel, Field(discriminator="kind")]
+
+
+class NamedData(Frozen):
+    """Data the toy world writes: `toy-pairs` and its like. Generated where it is used, equal everywhere."""
+
+    kind: Literal["named"] = "named"
+    name: str
+
+
+class BlobData(Frozen):
+    """Rows that travelled by content hash. The blob is `<content_hash>.jsonl` in the compute host's blob folder."""
+
+    kind: Literal["blob"] = "blob"
+    content_hash: str
+    row_kind: Literal["demonstrations", "pairs", "rankings", "thumbs", "prompts"]
+    n: int
+    name: str = ""
+
+
+DataRef = Annotated[NamedData | BlobData, Field(discriminator="kind")]
+
+
+class NamedReward(Frozen):
+    """A reward in the registry, `toy-true` for one, with its knobs."""
+
+    kind: Literal["named"] = "named"
+    name: str
+    config: dict[str, Any] = {}
+
+
+class ModelReward(Frozen):
+    """A reward model: a sequence classifier with one output."""
+
+    kind: Literal["model"] = "model"
+    model: ModelRef
+
+
+class FunctionReward(Frozen):
+    """`f(prompts, completions, **columns) -> list[float]` as source, its imports inside."""
+
+    kind: Literal["function"] = "function"
+    name: str
+    source: str
+
+
+RewardRef = Annotated[NamedReward | ModelReward | FunctionReward, Field(discriminator="kind")]
+
+
+class LoRA(Frozen):
+    """Train a low-rank adapter instead of all weights. Hu et al. 2021, arXiv:2106.09685."""
+
+    r: int = Field(16, gt=0)
+    """Rank of the update."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class Launch(Frozen):
+    """Flags for `accelerate launch`, as the user wrote them."""
+
+    flags: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Launch:
+        return cls(flags=tuple(shlex.split(text)))
+
+    def option(self, name: str) -> str | None:
+        """Value of `--name value` or `--name=value`, or None. Dashes and underscores are the same to accelerate."""
+        want = name.replace("-", "_")
+        for position, flag in enumerate(self.flags):
+            key, equals, value = flag.lstrip("-").partition("=")
+            if flag.startswith("--") and key.replace("-", "_") == want:
+                if equals:
+                    return value
+                return self.flags[position + 1] if position + 1 < len(self.flags) else ""
+        return None
+
+    @property
+    def num_processes(self) -> int:
+        """The world size that was asked for: ranks, over all machines."""
+        return int(self.option("num_processes") or 1)
+
+
+class RunSpec(Frozen):
+    version: int = SPEC_VERSION
+    run_id: str
+    workspace_id: str
+    method: str
+    """Registry name: sft, reward, dpo, ppo … or evaluate."""
+    config: dict[str, Any]
+    """The method's knobs, complete: defaults are written out, so that a later default changes no old run."""
+    policy: ModelRef | None = None
+    """The model that is trained (or evaluated). `base=` fills the same place for SFT and reward models."""
+    data: DataRef | None = None
+    """Rows to train on; for online methods, the prompts."""
+    held_out: DataRef | None = None
+    reward: RewardRef | None = None
+    gold: RewardRef | None = None
+    """A reward that is only plotted, never optimised."""
+    adapter: LoRA | None = None
+    launch: Launch = Launch()
+    label_as: str = ""
+    """Free title a person gave the run."""
+    who: str = ""
+    created: float
+    """Unix seconds."""
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Runs whose model this run needs, each once, in the order of the spec."""
+        references = [self.policy]
+        references += [reward.model for reward in (self.reward, self.gold) if isinstance(reward, ModelReward)]
+        return tuple(dict.fromkeys(r.run_id for r in references if isinstance(r, RunModel)))
+
+    @property
+    def title(self) -> str:
+        """`toy-sft → rm-2`: what is trained, on what, towards what."""
+        parts = [describe(self.policy)]
+        if self.data is not None and self.reward is None:
+            parts.append(describe(self.data))
+        if self.reward is not None:
+            parts.append(describe(self.reward))
+        return " → ".join(part for part in parts if part)
+
+
+def describe(reference: Any) -> str:
+    """The shortest name a person would use for a reference."""
+    match reference:
+        case None:
+            return ""
+        case NamedModel() | NamedData() | NamedReward() | FunctionReward():
+            return reference.name
+        case RunModel():
+            return reference.run_id
+        case PathModel():
+            return reference.path.rstrip("/").rsplit("/", 1)[-1]
+        case HubModel():
+            return reference.repo_id
+        case BlobData():
+            return reference.name or reference.content_hash[:8]
+        case ModelReward():
+            return describe(reference.model)
+    raise TypeError(f"{type(reference).__name__} is no reference")

@@ -1,0 +1,62 @@
+"""Names to classes, for methods, rewards and launchers. A plugin package adds its own through an entry point."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from rlhf_nb.errors import NotFoundError, did_you_mean
+
+
+class Registry:
+    """A literal table of `name → "module:attribute"`, plus what installed packages declare in an entry-point group."""
+
+    def __init__(self, what: str, group: str, table: dict[str, str]) -> None:
+        self.what, self.group, self._table = what, group, dict(table)
+        self._plugins: dict[str, Any] | None = None
+
+    def _entry_points(self) -> dict[str, Any]:
+        if self._plugins is None:
+            self._plugins = {point.name: point for point in entry_points(group=self.group)}
+        return self._plugins
+
+    def names(self) -> list[str]:
+        return [*self._table, *(name for name in self._entry_points() if name not in self._table)]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._table or name in self._entry_points()
+
+    def get(self, name: str) -> Any:
+        """The object a name stands for.
+
+        Raises:
+            NotFoundError: No such name; the message suggests the nearest.
+        """
+        if name in self._table:
+            module, _, attribute = self._table[name].partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        if name in self._entry_points():
+            return self._entry_points()[name].load()
+        raise NotFoundError(
+            f'{self.what} "{name}" does not exist{did_you_mean(name, self.names())}  known: {", ".join(self.names())}'
+        )
+
+
+methods = Registry(
+    "method",
+    "rlhf_nb.methods",
+    {
+        "sft": "rlhf_nb.methods.sft:SFT",
+        "reward": "rlhf_nb.methods.reward_model:RewardModel",
+        "dpo": "rlhf_nb.methods.dpo:DPO",
+        "ppo": "rlhf_nb.methods.ppo:PPO",
+    },
+)
+"""Training methods: `rl.SFT`, `%rlhf sft` and the form in the panel are the same class."""
+
+rewards = Registry("reward", "rlhf_nb.rewards", {"toy-true": "rlhf_nb.toy.reward:true_reward"})
+"""Reward functions `f(prompts, completions, **columns) -> list[float]`."""
+
+launchers = Registry("launcher", "rlhf_nb.launchers", {"local": "rlhf_nb.compute.transports.local:LocalKernel"})
+"""How the compute side's Jupyter kernel is started or found: classes with `to_dict` and `from_dict`."""

@@ -1,0 +1,1 @@
+"""What methods share beside the accelerator. Nothing here knows Jupyter."""

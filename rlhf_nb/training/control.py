@@ -1,0 +1,154 @@
+"""The one place that polls control and applies it: between optimizer steps, the same on every rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf_nb.protocol.control import AnyControl, Pause, Resume, Sample, SaveCheckpoint, SetCoefficient, Stop, parse_control
+from rlhf_nb.protocol.events import Coefficient, CoefficientChanged, ControlAcknowledged, ControlRefused, Paused, Resumed
+
+if TYPE_CHECKING:
+    from rlhf_nb.compute.rundir import LineTail
+    from rlhf_nb.methods.base import LiveCoefficient
+
+POLL_WHILE_PAUSED_S = 0.05
+
+
+@dataclass
+class BoundCoefficient:
+    """A live coefficient tied to the attribute that the loss really reads."""
+
+    coefficient: LiveCoefficient
+    read: Callable[[], float]
+    write: Callable[[float], None]
+    unavailable_reason: str | None = None
+
+    def describe(self, method: Any) -> Coefficient:
+        described = self.coefficient.describe(self.read(), method)
+        if self.unavailable_reason:
+            return described.model_copy(update={"unavailable_reason": self.unavailable_reason})
+        return described
+
+
+class ControlLoop:
+    """Reads `control.jsonl` on rank 0, broadcasts, and applies on every rank at the boundary before a step.
+
+    A method calls `boundary(step)` on every rank before each optimizer step. A coefficient of the loss is written there and is
+    in force at that step; a coefficient of the rollout waits for `boundary(step, rollout=True)`, the first step of a rollout.
+    """
+
+    def __init__(
+        self,
+        tail: LineTail | None,
+        emit: Callable[[Any], None],
+        *,
+        broadcast: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
+        seen: frozenset[str] = frozenset(),
+    ) -> None:
+        """
+        Args:
+            tail: Reader of control.jsonl on rank 0, None elsewhere.
+            broadcast: Given rank 0's list of control dicts, returns the same list on every rank. None for one process.
+            seen: Ids of lines that an earlier attempt already acted on.
+        """
+        self._tail, self._emit, self._broadcast, self._seen = tail, emit, broadcast, set(seen)
+        self._bound: dict[str, BoundCoefficient] = {}
+        self._waiting: dict[str, SetCoefficient] = {}
+        self.stopping = False
+        self.paused = False
+        self.checkpoint_requested: list[str] = []
+        """Ids of checkpoint requests that the trainer has yet to serve."""
+        self.sample_requests: list[Sample] = []
+
+    def bind(self, coefficients: list[BoundCoefficient]) -> None:
+        self._bound = {bound.coefficient.name: bound for bound in coefficients}
+
+    def describe(self, method: Any) -> list[Coefficient]:
+        return [bound.describe(method) for bound in self._bound.values()]
+
+    def boundary(self, step: int, *, rollout: bool = True) -> None:
+        """Poll, acknowledge and apply before optimizer step `step` (counted from 1). Blocks while paused.
+
+        Args:
+            rollout: True where a new rollout starts at this step (always, for methods without rollouts).
+        """
+        self._take(step)
+        if self.paused and not self.stopping:
+            self._emit(Paused(step=step - 1))
+            while self.paused and not self.stopping:
+                time.sleep(POLL_WHILE_PAUSED_S)
+                self._take(step)
+                # A checkpoint or sample asked for during the pause must not wait for its end.
+                if self.on_idle is not None and (self.checkpoint_requested or self.sample_requests):
+                    self.on_idle()
+            if not self.stopping:
+                self._emit(Resumed(step=step - 1))
+        self._apply(step, rollout)
+
+    on_idle: Callable[[], None] | None = None
+    """Set by a trainer that can serve checkpoint and sample requests while paused."""
+
+    def _poll(self) -> list[AnyControl]:
+        lines: list[dict[str, Any]] = []
+        if self._tail is not None:
+            lines = [line for line in self._tail.read() if line.get("id") not in self._seen]
+        if self._broadcast is not None:
+            lines = self._broadcast(lines)
+        return [parse_control(line) for line in lines]
+
+    def _take(self, step: int) -> None:
+        for control in self._poll():
+            self._seen.add(control.id)
+            match control:
+                case SetCoefficient():
+                    reason = self._refusal(control)
+                    if reason:
+                        self._emit(ControlRefused(id=control.id, op=control.op, reason=reason))
+                        continue
+                    self._waiting[control.name] = control
+                case Pause():
+                    self.paused = True
+                case Resume():
+                    self.paused = False
+                case Stop():
+                    self.stopping = True
+                case SaveCheckpoint():
+                    self.checkpoint_requested.append(control.id)
+                case Sample():
+                    self.sample_requests.append(control)
+            self._emit(ControlAcknowledged(id=control.id, op=control.op, step=step))
+
+    def _refusal(self, control: SetCoefficient) -> str | None:
+        bound = self._bound.get(control.name)
+        if bound is None:
+            return f'"{control.name}" is not live in this run; live: {", ".join(self._bound) or "nothing"}'
+        live = bound.coefficient
+        if bound.unavailable_reason:
+            return bound.unavailable_reason
+        if not math.isfinite(control.value) or not live.low <= control.value <= live.high:
+            return f"{control.name}={control.value:g} is outside {live.low:g} to {live.high:g}"
+        return None
+
+    def _apply(self, step: int, rollout: bool) -> None:
+        for name, control in list(self._waiting.items()):
+            bound = self._bound[name]
+            if bound.coefficient.enters == "rollout" and not rollout:
+                continue
+            old = bound.read()
+            bound.write(control.value)
+            del self._waiting[name]
+            self._emit(
+                CoefficientChanged(
+                    id=control.id,
+                    name=name,
+                    old=old,
+                    new=control.value,
+                    effective_step=step,
+                    who=control.who,
+                    why=control.why,
+                )
+            )
