@@ -1,0 +1,1 @@
+"""Alembic's scripts. Run by `rlhf_nb.store.migrate` when a workspace is opened, never by hand."""
