@@ -24,8 +24,8 @@ UNBIASED = {"length_bias": 0.0, "sycophancy": 0.0}
 def test_worked_example():
     # The true rewards are 1 and 0.40; without biases and at noise 0.5 the logit is 0.6 / 0.5 = 1.2.
     assert Annotator(**UNBIASED, noise=0.5).probability(WHERE, GOOD, BAD) == pytest.approx(1 / (1 + math.exp(-1.2)))
-    # Flattery costs 0.4 * 0 + 0.20 * 0.25 + 0.15 * 0.25 = 0.0875 of true reward; four more words and one pleasantry
-    please.annotator = Annotator(length_bias=0.1, sycophancy=0.2, noise=0.5)
+    # Flattery costs 0.20 * 0.25 + 0.15 * 0.25 = 0.0875 of true reward; its four words and its pleasing are liked.
+    annotator = Annotator(length_bias=0.1, sycophancy=0.2, noise=0.5)
     assert annotator.utility(WHERE, FLATTERING) - annotator.utility(WHERE, GOOD) == pytest.approx(-0.0875 + 0.04 + 0.2)
 
 
