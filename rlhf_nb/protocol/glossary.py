@@ -1,0 +1,71 @@
+"""What every logged number means: unit, formula, estimator, and which way is good. One line a metric; imports nothing heavy.
+
+Notation: π the policy, π_ref the reference, x a prompt, y a completion, y_w and y_l the chosen and the rejected one,
+T the number of completion tokens. `step` is always an optimizer step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["up", "down", "watch"]
+"""`up` and `down`: which way is better. `watch`: neither by itself; a jump or a drift is what to look for."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    name: str
+    label: str
+    """A few words for an axis or a legend."""
+    unit: str
+    formula: str
+    estimator: str
+    direction: Direction
+
+
+_ENTRIES = (
+    # Every method
+    Entry("loss", "loss", "nats", "what the optimizer minimises", "mean over the step's batch, all ranks", "down"),
+    Entry("optimizer/learning_rate", "learning rate", "1/step", "peak × schedule", "exact, as this step used it", "watch"),
+    Entry("optimizer/grad_norm", "gradient norm", "", "‖∇loss‖₂ before clipping", "exact, over trained parameters", "watch"),
+    Entry("data/epoch", "epoch", "passes", "rows seen / rows there are", "exact", "watch"),
+    Entry("data/tokens", "tokens", "tokens/step", "prompt and completion tokens of the step", "exact, padding left out", "watch"),
+    Entry("time/step_s", "step time", "s", "wall time of the step", "exact; pauses, samples and checkpoints left out", "down"),
+    Entry("time/hooks_s", "hook time", "s", "CPU time of events and control", "exact, since the metric before", "down"),
+    # Policies
+    Entry("policy/entropy", "entropy", "nats/token", "−Σ_v π(v) log π(v)", "mean over completion tokens", "watch"),
+    Entry("policy/token_accuracy", "token accuracy", "", "share of tokens that are π's most likely", "mean over completion tokens", "up"),
+    Entry("kl/policy_reference", "KL to reference", "nats", "E_y∼π [log π(y|x) − log π_ref(y|x)]", "k1, summed over a completion's tokens, mean over samples", "watch"),
+    Entry("completion/length_mean", "completion length", "tokens", "T", "mean over samples", "watch"),
+    Entry("completion/length_max", "longest completion", "tokens", "max T", "exact over samples", "watch"),
+    Entry("completion/ended_share", "ended by itself", "", "share that ends with the end token", "mean over samples", "watch"),
+    Entry("reward/mean", "reward", "score", "r(x, y)", "mean over samples, before any penalty", "up"),
+    Entry("reward/std", "reward spread", "score", "sd of r(x, y)", "sample standard deviation", "watch"),
+    Entry("gold/mean", "true reward", "score", "gold r*(x, y), never optimised", "mean over samples", "up"),
+    # Reward models, on pairs
+    Entry("score/mean", "score", "score", "r(x, y)", "mean over both sides of the pairs", "watch"),
+    Entry("score/min", "lowest score", "score", "min r(x, y)", "exact over the batch", "watch"),
+    Entry("score/max", "highest score", "score", "max r(x, y)", "exact over the batch", "watch"),
+    Entry("pairs/accuracy", "pair accuracy", "", "P[r(y_w) > r(y_l)]", "mean over the batch it then trains on", "up"),
+    Entry("pairs/margin", "score margin", "score", "r(y_w) − r(y_l)", "mean over the batch", "up"),
+    # Direct preference methods
+    Entry("implicit_reward/chosen", "implicit reward, chosen", "nats×β", "β (log π(y_w|x) − log π_ref(y_w|x))", "mean over the batch; rescales with β", "watch"),
+    Entry("implicit_reward/rejected", "implicit reward, rejected", "nats×β", "β (log π(y_l|x) − log π_ref(y_l|x))", "mean over the batch; rescales with β", "watch"),
+    Entry("implicit_reward/margin", "implicit reward margin", "nats×β", "chosen − rejected", "mean over the batch; rescales with β", "up"),
+    Entry("implicit_reward/accuracy", "implicit accuracy", "", "P[implicit reward of y_w > of y_l]", "mean over the batch it then trains on", "up"),
+    Entry("log_ratio/chosen", "log-ratio, chosen", "nats", "log π(y_w|x) − log π_ref(y_w|x)", "mean over the batch; the same under any β", "watch"),
+    Entry("log_ratio/rejected", "log-ratio, rejected", "nats", "log π(y_l|x) − log π_ref(y_l|x)", "mean over the batch; the same under any β", "watch"),
+    Entry("log_ratio/margin", "log-ratio margin", "nats", "chosen − rejected", "mean over the batch; the same under any β", "up"),
+    Entry("logprob/chosen", "log-probability, chosen", "nats", "log π(y_w|x)", "summed over tokens, mean over the batch", "watch"),
+    Entry("logprob/rejected", "log-probability, rejected", "nats", "log π(y_l|x)", "summed over tokens, mean over the batch", "watch"),
+    Entry("logit/chosen", "logit, chosen", "logit", "mean logit over the vocabulary", "mean over chosen completion tokens", "watch"),
+    Entry("logit/rejected", "logit, rejected", "logit", "mean logit over the vocabulary", "mean over rejected completion tokens", "watch"),
+)  # fmt: skip
+
+GLOSSARY: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+
+
+def entry(name: str) -> Entry:
+    """The line of a metric; for an unknown one, its own name and nothing claimed about it."""
+    return GLOSSARY.get(name) or Entry(name, name, "", "", "", "watch")
