@@ -12,6 +12,7 @@ from rlhf_nb.errors import SpecError, did_you_mean
 from rlhf_nb.protocol.events import Coefficient
 
 if TYPE_CHECKING:
+    from rlhf_nb.protocol.spec import RunSpec
     from rlhf_nb.training.context import Context
 
 
@@ -80,6 +81,8 @@ class Method(BaseModel):
     has_reference: ClassVar[bool] = False
     """Whether a frozen reference is held, so that a tether can be drawn."""
     needs_reward: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    """False for jobs that only measure: they save no model."""
     live: ClassVar[tuple[LiveCoefficient, ...]] = (LEARNING_RATE,)
 
     max_steps: int = Field(100, gt=0)
@@ -99,6 +102,13 @@ class Method(BaseModel):
     def build_trainer(self, context: Context) -> Trainer:
         """Build what trains, beside the accelerator. The only code that knows a trainer library's names."""
         raise TypeError(f"{type(self).__name__} has no trainer")
+
+    def check(self, spec: RunSpec) -> None:
+        """Refuse, on the notebook side and before anything starts, a combination that cannot work.
+
+        Raises:
+            SpecError: With the field, the value and the way out.
+        """
 
     @classmethod
     def create(cls, **knobs: Any) -> Method:

@@ -48,9 +48,7 @@ class Sample(Control):
     prompts: list[str]
 
 
-AnyControl = Annotated[
-    SetCoefficient | Pause | Resume | Stop | SaveCheckpoint | Sample, Field(discriminator="op")
-]
+AnyControl = Annotated[SetCoefficient | Pause | Resume | Stop | SaveCheckpoint | Sample, Field(discriminator="op")]
 _ADAPTER: TypeAdapter[AnyControl] = TypeAdapter(AnyControl)
 
 

@@ -1,0 +1,29 @@
+"""`%rlhf` and `%%rlhf`: parse, call one public function, display. They hold nothing but the current workspace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+
+def load(shell: InteractiveShell) -> None:
+    """Register the magic and its completer; what `%load_ext rlhf_nb` calls."""
+    from rlhf_nb.magics.completion import complete
+    from rlhf_nb.magics.magic import RlhfMagic
+
+    shell.register_magic_function(RlhfMagic(), "line_cell", "rlhf")
+    for key in ("%rlhf", "%%rlhf"):
+        shell.set_hook("complete_command", complete, str_key=key)
+
+
+def unload(shell: InteractiveShell) -> None:
+    """Take the magic away and close its workspace; runs go on."""
+    from rlhf_nb import workspace
+
+    for kind in ("line", "cell"):
+        shell.magics_manager.magics[kind].pop("rlhf", None)
+    for key in ("%rlhf", "%%rlhf"):
+        shell.strdispatchers["complete_command"].strs.pop(key, None)
+    workspace.use(None)

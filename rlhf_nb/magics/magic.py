@@ -1,0 +1,250 @@
+"""The magic function: a verb's words to one public call, and what it returns to the cell."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rlhf_nb import workspace as workspaces
+from rlhf_nb.errors import NotFoundError, RunFailedError, SpecError
+from rlhf_nb.magics import parser
+
+if TYPE_CHECKING:
+    from rlhf_nb.run import Run
+    from rlhf_nb.workspace import Workspace
+
+_TOP = ("policy", "base", "data", "prompts", "reward", "gold", "adapter", "launch", "title")
+
+
+class RlhfMagic:
+    # `%rlhf?` reads `__doc__`. Making it imports every method's class, so it is made only then.
+    __name__ = "rlhf"
+    __doc__ = property(lambda self: help_text())  # type: ignore[assignment]
+
+    def __call__(self, line: str, cell: str | None = None) -> Any:
+        words = parser.split(line)
+        if cell is not None:
+            return _cell(words, cell)
+        if not words:
+            return workspaces.current().status()
+        verb, rest = words[0], words[1:]
+        if verb in parser.CELL_VERBS:
+            raise SpecError(f"{verb} is a cell magic: write %%rlhf {verb} NAME, with the function below it")
+        return call(verb, parser.parser(verb).parse_args(rest))
+
+
+def help_text() -> str:
+    """What `%rlhf?` shows."""
+    lines = ["RLHF that you steer while it runs.", "", "%rlhf      what is attached, which workspace, the runs"]
+    for verb in parser.verbs():
+        words = parser.parser(verb)
+        usage = " ".join(words.format_usage().removeprefix("usage: ").split())
+        lines.append(f"{usage}\n        {words.description}")
+    lines += [
+        "%%rlhf reward-function NAME\n        The cell's Python is the reward: def f(prompts, completions, **columns).",
+        "%%rlhf METHOD\n        The cell's TOML is the configuration: policy, data, reward …, and the method's knobs.",
+    ]
+    return "\n".join(lines)
+
+
+def call(verb: str, args: argparse.Namespace) -> Any:
+    """Call the one public function that a verb stands for."""
+    if verb == "workspace":
+        return _workspace(args.target)
+    if verb == "quickstart":
+        from rlhf_nb.stages.quickstart import quickstart
+
+        return quickstart(args.directory)
+    ws = workspaces.current()
+    if verb in parser.training_verbs():
+        return _train(ws, verb, vars(args), parser.assignments(args.set, verb))
+    return _CALLS[verb](ws, args)
+
+
+def _workspace(target: str | None) -> Any:
+    if target is not None:
+        from rlhf_nb.workspace import Workspace
+
+        workspaces.use(Workspace(target))
+    return workspaces.current().status()
+
+
+def _train(ws: Workspace, verb: str, words: dict[str, Any], knobs: dict[str, Any]) -> Run:
+    from rlhf_nb import registry
+    from rlhf_nb.protocol.spec import LoRA
+
+    method = registry.methods.get(verb).create(**knobs)
+    adapter = words.get("adapter")
+    if isinstance(adapter, dict):
+        adapter = LoRA(**adapter)
+    elif adapter is not None:
+        adapter = LoRA()
+    run = ws.train(
+        method,
+        policy=words.get("policy"),
+        data=words.get("data"),
+        reward=words.get("reward"),
+        gold=words.get("gold"),
+        adapter=adapter,
+        launch=words.get("launch"),
+        title=words.get("title") or "",
+    )
+    return _show(run)
+
+
+def _show(run: Run) -> Run:
+    """Show the panel now, also where the result is assigned; the returned handle then shows nothing more."""
+    from rlhf_nb.ui import show
+
+    show(run)
+    run.shown_once()
+    return run
+
+
+def _attach(ws: Workspace, args: argparse.Namespace) -> Any:
+    target: Any = "local"
+    if args.target != "local":
+        if not args.where:
+            what = "a URL" if args.target == "server" else "a connection file"
+            raise SpecError(f"attach {args.target}: needs {what}; %rlhf? shows the form")
+        if args.target == "server":
+            from rlhf_nb.compute.transports.server import Server
+
+            extra = {"kernel": args.kernel} if args.kernel else {}
+            extra |= {"token_env": args.token_env} if args.token_env else {}
+            target = Server(args.where, **extra)
+        else:
+            from rlhf_nb.compute.transports.kernel_file import KernelFile
+
+            target = KernelFile(args.where)
+    return ws.attach(target, launch=args.launch, standby=not args.no_standby, replace=args.replace)
+
+
+def _run(ws: Workspace, name: str | None) -> Run:
+    if name is not None:
+        return ws.run(name)
+    ids = ws.run_ids()
+    if not ids:
+        raise NotFoundError("no run yet; %rlhf sft --base toy --data toy-demonstrations starts one")
+    return ws.run(ids[-1])
+
+
+def _set(ws: Workspace, args: argparse.Namespace) -> Any:
+    run = ws.run(args.run)
+    pending = []
+    for name, number in parser.assignments(args.assignments, "set").items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise SpecError(f"set: {name}={number!r} is no number; write for example {name}=0.1")
+        pending.append(run.set(name, float(number), why=args.why))
+    if run.state == "paused":
+        # Nothing comes into force during a pause; the panel shows it as asked.
+        return Lines([f"{p.control.name}={p.control.value:g} asked; in force when the run goes on" for p in pending])
+    return Lines([str(p.wait()) for p in pending])
+
+
+def _resume(ws: Workspace, args: argparse.Namespace) -> Any:
+    run = _run(ws, args.run)
+    restarted = run.resume()
+    return _show(run) if restarted is run else _acknowledged(run, "resume", restarted)
+
+
+def _acknowledged(run: Run, word: str, pending: Any) -> Any:
+    try:
+        step = pending.wait(timeout=30)
+    except (TimeoutError, RunFailedError) as error:
+        return Lines([str(error)])
+    return Lines([f"{run.id}: {word} at step {step}"])
+
+
+def _wait(ws: Workspace, args: argparse.Namespace) -> Any:
+    return Lines([repr(_run(ws, args.run).wait(args.timeout))[1:-1]])
+
+
+def _label(ws: Workspace, args: argparse.Namespace) -> Any:
+    session = ws.label(args.name, mode=args.mode, annotator=args.annotator, n=args.n)
+    from rlhf_nb.ui import show_labeller
+
+    show_labeller(session)
+    return None
+
+
+def _sample(ws: Workspace, args: argparse.Namespace) -> Any:
+    run = ws.run(args.run)
+    answer = run.sample(*args.prompts).wait(timeout=120)
+    lines = []
+    for item in getattr(answer, "items", []):
+        lines += [f"› {item.prompt}", f"  {item.completion}"]
+        if item.reference_completion is not None:
+            lines.append(f"  before: {item.reference_completion}")
+    return Lines(lines)
+
+
+class Lines:
+    """A few plain lines as a result."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def _evaluate(ws: Workspace, args: argparse.Namespace) -> Any:
+    return ws.evaluate(args.model, data=args.data)
+
+
+def _pending(word: str) -> Callable[[Workspace, argparse.Namespace], Any]:
+    def act(ws: Workspace, args: argparse.Namespace) -> Any:
+        run = _run(ws, args.run)
+        return _acknowledged(run, word, getattr(run, word)())
+
+    return act
+
+
+_CALLS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
+    "attach": _attach,
+    "detach": lambda ws, args: ws.detach(),
+    "import": lambda ws, args: ws.import_data(args.source, name=args.name, kind=args.kind, split=args.split),
+    "label": _label,
+    "evaluate": _evaluate,
+    "models": lambda ws, args: ws.models(),
+    "data": lambda ws, args: ws.datasets(),
+    "runs": lambda ws, args: ws.runs(),
+    "watch": lambda ws, args: _show(_run(ws, args.run)),
+    "set": _set,
+    "pause": _pending("pause"),
+    "resume": _resume,
+    "stop": _pending("stop"),
+    "checkpoint": _pending("checkpoint"),
+    "wait": _wait,
+    "sample": _sample,
+}
+
+
+def _cell(words: list[str], cell: str) -> Any:
+    if not words:
+        raise SpecError("%%rlhf: which one? %%rlhf reward-function NAME, or %%rlhf METHOD with TOML below it")
+    verb, rest = words[0], words[1:]
+    ws = workspaces.current()
+    if verb == "reward-function":
+        if len(rest) != 1 or not rest[0].replace("-", "_").isidentifier():
+            raise SpecError("reward-function: give one name, letters and dashes: %%rlhf reward-function NAME")
+        ws.reward_function(rest[0], cell)
+        return Lines([f'reward "{rest[0]}" kept; use it with --reward {rest[0]}'])
+    if verb not in parser.training_verbs():
+        parser.parser(verb)
+        raise SpecError(f"{verb} takes no cell; write %rlhf {verb} ... on one line")
+    try:
+        config = tomllib.loads(cell)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{verb}: the cell is not TOML: {error}") from None
+    args = vars(parser.parser(verb).parse_args(rest))
+    top = {key: config.pop(key) for key in _TOP if key in config}
+    if "policy" in top and "base" in top:
+        raise SpecError(f"{verb}: policy and base name the same model; give one of them")
+    top["policy"] = top.pop("policy", None) or top.pop("base", None)
+    top["data"] = top.pop("data", None) or top.pop("prompts", None)
+    merged = {**top, **{key: given for key, given in args.items() if given}}
+    return _train(ws, verb, merged, {**config, **parser.assignments(args.get("set"), verb)})

@@ -1,0 +1,182 @@
+"""The words after `%rlhf`: one small parser a verb. Errors are one line and name the way out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from rlhf_nb import registry
+from rlhf_nb.errors import SpecError, did_you_mean
+
+
+class Words(argparse.ArgumentParser):
+    """argparse that raises one line instead of printing usage and leaving."""
+
+    def __init__(self, verb: str, about: str) -> None:
+        super().__init__(prog=f"%rlhf {verb}", description=about, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        hint = did_you_mean(unknown.split()[0], self.flags()) if unknown != message and unknown else ""
+        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
+        raise SpecError(f"{self.prog.removeprefix('%rlhf ')}: {message}{hint}  usage: {usage}")
+
+    def flags(self) -> list[str]:
+        return [flag for action in self._actions for flag in action.option_strings]
+
+
+def value(text: str) -> Any:
+    """`0.1` is a number, `true` a bool, `[1, 2]` a list; anything else is the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def assignments(pairs: list[str] | None, verb: str) -> dict[str, Any]:
+    """`["kl_coef=0.1", "seed=3"]` as a dict.
+
+    Raises:
+        SpecError: A word without `=`.
+    """
+    out: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise SpecError(f'{verb}: "{pair}" is no assignment; write key=value, for example learning_rate=1e-4')
+        out[key.strip()] = value(text.strip())
+    return out
+
+
+def _train(name: str) -> Callable[[], Words]:
+    def make() -> Words:
+        method = registry.methods.get(name)
+        words = Words(name, f"{method.title}. Trains on {method.rows}.")
+        words.add_argument("--policy", "--base", dest="policy", metavar="MODEL")
+        words.add_argument("--data", "--prompts", dest="data", metavar="DATA")
+        if method.needs_reward:
+            words.add_argument("--reward", metavar="REWARD", help="what is optimised")
+            words.add_argument("--gold", metavar="REWARD", help="only plotted")
+        words.add_argument("--adapter", choices=["lora"])
+        words.add_argument("--launch", metavar="FLAGS", help="accelerate launch flags for this run")
+        words.add_argument("--title", default="")
+        words.add_argument(
+            "--set", nargs="+", action="extend", metavar="key=value", help=", ".join(method.model_fields)
+        )
+        return words
+
+    return make
+
+
+def _make(verb: str, about: str, *arguments: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[], Words]:
+    def make() -> Words:
+        words = Words(verb, about)
+        for names, options in arguments:
+            words.add_argument(*names, **options)
+        return words
+
+    return make
+
+
+def _arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, options
+
+
+_RUN = _arg("run", nargs="?", metavar="RUN", help="default: the last run")
+
+_VERBS: dict[str, Callable[[], Words]] = {
+    "quickstart": _make("quickstart", "Copy the notebooks here.", _arg("directory", nargs="?", default=".")),
+    "workspace": _make("workspace", "Use a directory or a database URL.", _arg("target", nargs="?")),
+    "attach": _make(
+        "attach",
+        "Start or find the compute: local, server URL, kernel CONNECTION_FILE.",
+        _arg("target", choices=["local", "server", "kernel"]),
+        _arg("where", nargs="?", metavar="URL_OR_FILE"),
+        _arg("--kernel", metavar="NAME", help="kernelspec on the server; default rlhf"),
+        _arg("--token-env", metavar="VARIABLE", help="environment variable that holds the server's token"),
+        _arg("--launch", default="", metavar="FLAGS", help="accelerate launch flags for every run"),
+        _arg("--no-standby", action="store_true"),
+        _arg("--replace", action="store_true"),
+    ),
+    "detach": _make("detach", "Let go of the attached compute; runs go on."),
+    "import": _make(
+        "import",
+        "Read pairs, rankings, thumbs, prompts or demonstrations.",
+        _arg("source", metavar="PATH_OR_HUB_ID"),
+        _arg("--as", dest="name", required=True, metavar="NAME"),
+        _arg("--kind", choices=["pairs", "rankings", "thumbs", "prompts", "demonstrations"]),
+        _arg("--split", default="train"),
+    ),
+    "label": _make(
+        "label",
+        "Label the pairs of a data set in this cell.",
+        _arg("name", metavar="NAME"),
+        _arg("--mode", choices=["pair"], default="pair"),
+        _arg("--annotator", metavar="WHO"),
+        _arg("--n", type=int, metavar="N", help="label only the first N pairs"),
+    ),
+    "evaluate": _make(
+        "evaluate",
+        "Accuracy of a reward model on pairs.",
+        _arg("model", metavar="REWARD_MODEL"),
+        _arg("--data", default="toy-pairs"),
+    ),
+    "models": _make("models", "Models that resolve by name."),
+    "data": _make("data", "Data that resolves by name."),
+    "runs": _make("runs", "Every run and its state."),
+    "watch": _make("watch", "Show a run's live panel.", _RUN),
+    "set": _make(
+        "set",
+        "Change a live coefficient.",
+        _arg("run", metavar="RUN"),
+        _arg("assignments", nargs="+", metavar="name=value"),
+        _arg("--why", default=""),
+    ),
+    "pause": _make("pause", "Pause between optimizer steps.", _RUN),
+    "resume": _make("resume", "Continue a paused run; restart a failed or stopped one from its checkpoint.", _RUN),
+    "stop": _make("stop", "End after the current step and save the model.", _RUN),
+    "checkpoint": _make("checkpoint", "Save a checkpoint.", _RUN),
+    "wait": _make("wait", "Wait for the end; interrupting detaches.", _RUN, _arg("--timeout", type=float)),
+    "sample": _make(
+        "sample", "Completions of the policy as it is now.", _arg("run", metavar="RUN"), _arg("prompts", nargs="+")
+    ),
+}
+
+CELL_VERBS = ("reward-function",)
+
+
+def training_verbs() -> list[str]:
+    return [name for name in registry.methods.names() if registry.methods.get(name).trains]
+
+
+def verbs() -> list[str]:
+    return [*_VERBS, *training_verbs()]
+
+
+def parser(verb: str) -> Words:
+    """The parser of a verb.
+
+    Raises:
+        SpecError: No such verb; the message suggests the nearest.
+    """
+    if verb in _VERBS:
+        return _VERBS[verb]()
+    if verb in training_verbs():
+        return _train(verb)()
+    known = [*verbs(), *CELL_VERBS]
+    raise SpecError(f'"{verb}" is no verb of %rlhf{did_you_mean(verb, known)}  verbs: {", ".join(known)}')
+
+
+def split(line: str) -> list[str]:
+    """Words of a line, quotes respected.
+
+    Raises:
+        SpecError: A quote that is not closed.
+    """
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise SpecError(f"%rlhf: {error}; close the quote") from None

@@ -1,0 +1,270 @@
+"""A run, as a handle: it holds no truth, only the way to the run directory and a fold of what was read there."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf_nb.errors import ComputeError, RunFailedError, SpecError, UnavailableError, did_you_mean
+from rlhf_nb.protocol import control as controls
+from rlhf_nb.protocol.events import TERMINAL, AnyEvent, Samples
+from rlhf_nb.protocol.fold import RunFold
+from rlhf_nb.protocol.spec import RunModel, RunSpec
+
+if TYPE_CHECKING:
+    import pandas
+
+    from rlhf_nb.workspace import Workspace
+
+POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A coefficient as it came into force."""
+
+    name: str
+    step: int
+    """The first optimizer step whose loss or update used the new value."""
+    old: float
+    new: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.old:g} → {self.new:g} at step {self.step}"
+
+
+class Pending:
+    """Something asked of a live run that is not yet in force."""
+
+    def __init__(self, run: Run, control: controls.AnyControl) -> None:
+        self._run, self.control, self.id = run, control, control.id
+
+    def wait(self, timeout: float | None = 60.0) -> Applied | Samples | int:
+        """Wait until it is in force.
+
+        Returns:
+            `Applied` for a coefficient, the `samples` event for a sample, else the step at which it was read.
+
+        Raises:
+            UnavailableError: The run refused, with its reason.
+            RunFailedError: The run ended first.
+            TimeoutError: Not in force after `timeout` seconds; it still may come.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            fold = self._run.fold
+            if self.id in fold.refused:
+                raise UnavailableError(f"{self._run.id}: {fold.refused[self.id]}")
+            answer = self._answer(fold)
+            if answer is not None:
+                return answer
+            if fold.is_terminal:
+                raise RunFailedError(f"{self._run.id}: the run {fold.state} before {self._what} came into force")
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"{self._run.id}: {self._what} is not in force after {timeout:g} s; it still may come"
+                )
+            time.sleep(POLL_S)
+
+    @property
+    def _what(self) -> str:
+        control = self.control
+        return f"{control.name}={control.value:g}" if isinstance(control, controls.SetCoefficient) else control.op
+
+    def _answer(self, fold: RunFold) -> Applied | Samples | int | None:
+        match self.control:
+            case controls.SetCoefficient():
+                for change in fold.changes:
+                    if change.id == self.id:
+                        return Applied(change.name, change.effective_step, change.old, change.new)
+            case controls.Sample():
+                for samples in fold.samples:
+                    if samples.request_id == self.id:
+                        return samples
+            case _:
+                return fold.acknowledged.get(self.id)
+        return None
+
+    def __repr__(self) -> str:
+        return f"<asked of {self._run.id}: {self._what}>"
+
+
+class Run:
+    """One run, in any state, from any process. `ws.run("ppo-7")` gives the same handle again."""
+
+    def __init__(self, workspace: Workspace, run_id: str) -> None:
+        self.workspace, self.id = workspace, run_id
+        self._fold = RunFold()
+        self._lock = threading.Lock()
+        self._spec: RunSpec | None = None
+        self._shown = False
+
+    @property
+    def spec(self) -> RunSpec:
+        if self._spec is None:
+            self._spec = self.workspace.spec(self.id)
+        return self._spec
+
+    @property
+    def fold(self) -> RunFold:
+        """Everything read so far, brought up to date."""
+        with self._lock:
+            fresh = self.workspace.client.events(self.id, since=self._fold.last_seq)
+            for event in fresh:
+                self._fold.add(event)
+            if fresh:
+                self.workspace.index(self, self._fold, fresh)
+            return self._fold
+
+    @property
+    def state(self) -> str:
+        """waiting | starting | running | paused | finished | stopped | failed"""
+        return self.workspace.state_of(self.id, self.fold)
+
+    @property
+    def model(self) -> RunModel:
+        """The model this run saves, by run id: usable before it exists."""
+        return RunModel(run_id=self.id)
+
+    def events(self, since: int = 0) -> list[AnyEvent]:
+        """Every event after `since`, in the order of `seq`."""
+        return self.workspace.client.events(self.id, since=since)
+
+    def subscribe(self, callback: Callable[[list[AnyEvent]], None], since: int = 0) -> Any:
+        """Events after `since`, then each new batch, from a background thread. `.close()` the result to end it."""
+        return self.workspace.client.subscribe(self.id, since, callback)
+
+    def metrics(self) -> pandas.DataFrame:
+        """One row an optimizer step."""
+        import pandas
+
+        table = self.fold.table()
+        return pandas.DataFrame(table).set_index("step", drop=False) if table else pandas.DataFrame({"step": []})
+
+    def log_tail(self, lines: int = 20) -> list[str]:
+        return self.workspace.client.log_tail(self.id, lines)
+
+    def set(self, name: str, value: float, why: str = "") -> Pending:
+        """Ask for a new value of a live coefficient.
+
+        Raises:
+            SpecError: No such live coefficient, or a value outside its range.
+            UnavailableError: The value was frozen when the run started.
+        """
+        known = self.fold.coefficients
+        if known:
+            if name not in known:
+                raise SpecError(
+                    f'{self.id}: "{name}" is not live in this run{did_you_mean(name, known)}  live: {", ".join(known)}'
+                )
+            live = known[name]
+            if live.unavailable_reason:
+                raise UnavailableError(f"{self.id}: {name}: {live.unavailable_reason}")
+            if not live.low <= value <= live.high:
+                raise SpecError(f"{self.id}: {name}={value:g} is outside its range {live.low:g} to {live.high:g}")
+        return self._ask(controls.SetCoefficient(name=name, value=value, why=why))
+
+    def pause(self) -> Pending:
+        return self._ask(controls.Pause())
+
+    def stop(self) -> Pending:
+        """End after the current step. The model is saved, and runs that wait for it go on."""
+        return self._ask(controls.Stop())
+
+    def checkpoint(self) -> Pending:
+        return self._ask(controls.SaveCheckpoint())
+
+    def sample(self, *prompts: str) -> Pending:
+        """Completions of the policy as it is now, at the next step."""
+        if not prompts:
+            raise SpecError(f'{self.id}: sample needs a prompt: run.sample("Where is the bakery?")')
+        return self._ask(controls.Sample(prompts=list(prompts)))
+
+    def resume(self) -> Pending | Run:
+        """Continue a paused run; restart a failed or stopped one from its last checkpoint."""
+        if self.state in ("failed", "stopped"):
+            self.workspace.client.resume(self.id)
+            self.workspace.audit("resume", self.id, {})
+            return self
+        return self._ask(controls.Resume())
+
+    def _ask(self, control: controls.AnyControl) -> Pending:
+        state = self.state
+        if state in TERMINAL:
+            way_out = "" if state == "finished" else f"; %rlhf resume {self.id} restarts it from its last checkpoint"
+            raise ComputeError(f"{self.id} has {state}: {control.op} has nothing to act on{way_out}")
+        control = control.model_copy(update={"who": self.workspace.who})
+        self.workspace.client.control(self.id, control)
+        return Pending(self, control)
+
+    def wait(self, timeout: float | None = None) -> Run:
+        """Wait for the end. Interrupting it detaches; the run goes on.
+
+        Raises:
+            RunFailedError: The run failed; the message says how it died.
+            TimeoutError: Not over after `timeout` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        over = threading.Event()
+        subscription = self.subscribe(
+            lambda events: over.set() if any(e.kind in TERMINAL for e in events) else None, since=self.fold.last_seq
+        )
+        try:
+            while True:
+                state = self.state
+                if state == "failed":
+                    fold = self.fold
+                    raise RunFailedError(f"{self.id} failed: {fold.failure.reason if fold.failure else 'see its log'}")
+                if state in TERMINAL:
+                    return self
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"{self.id} is {state} after {timeout:g} s; it goes on, wait again with run.wait()"
+                    )
+                # A subscription wakes this at once; the time-out also catches an agent that was replaced meanwhile.
+                over.wait(1.0 if deadline is None else min(1.0, max(0.01, deadline - time.monotonic())))
+                over.clear()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"detached from {self.id}; it goes on. %rlhf stop {self.id} would end it") from None
+        finally:
+            subscription.close()
+
+    def panel(self) -> Any:
+        """The live panel of this run, a widget."""
+        from rlhf_nb.ui.panel import Panel
+
+        return Panel(self, store=self.workspace.store)
+
+    def report(self) -> Any:
+        """A static picture of the run, for a paper's appendix or a cell without a kernel."""
+        from rlhf_nb.ui.static_picture import StaticPicture
+
+        return StaticPicture(self)
+
+    def _ipython_display_(self) -> None:
+        # The magic has already shown the panel of the run it returns.
+        if self._shown:
+            self._shown = False
+            return
+        from rlhf_nb.ui import show
+
+        show(self)
+
+    def shown_once(self) -> None:
+        """The panel was shown already: let the next display of this handle pass."""
+        self._shown = True
+
+    def __str__(self) -> str:
+        # `--reward {rm}` in a magic expands to the id.
+        return self.id
+
+    def __repr__(self) -> str:
+        try:
+            fold, state = self._fold, self.state
+        except Exception:
+            return f"<Run {self.id}>"
+        of = f" {fold.step}/{fold.max_steps}" if fold.max_steps else ""
+        return f"<Run {self.id} · {self.spec.title} · {state}{of}>"

@@ -1,0 +1,222 @@
+"""From what a person may write for a model, data or a reward to the reference that travels in a spec."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_nb import registry
+from rlhf_nb.errors import DataError, NotFoundError, RlhfError, SpecError, did_you_mean
+from rlhf_nb.protocol.spec import (
+    BlobData,
+    DataRef,
+    FunctionReward,
+    HubModel,
+    ModelRef,
+    ModelReward,
+    NamedData,
+    NamedModel,
+    NamedReward,
+    PathModel,
+    RewardRef,
+    RunModel,
+)
+
+if TYPE_CHECKING:
+    from rlhf_nb.workspace import Workspace
+
+NAMED_MODELS = ("toy", "toy-sft")
+NAMED_DATA = {
+    "toy-demonstrations": "demonstrations",
+    "toy-pairs": "pairs",
+    "toy-rankings": "rankings",
+    "toy-thumbs": "thumbs",
+    "toy-prompts": "prompts",
+}
+_MODEL_KINDS = (NamedModel, RunModel, PathModel, HubModel)
+
+
+def is_run(value: Any) -> bool:
+    from rlhf_nb.run import Run
+
+    return isinstance(value, Run)
+
+
+def resolve_model(workspace: Workspace, value: Any, *, verb: str, role: str) -> ModelRef:
+    """A Run, a reference, a name, a directory or a hub id as a model reference.
+
+    Raises:
+        NotFoundError: Nothing has that name; the message suggests the nearest.
+    """
+    if is_run(value):
+        return value.model
+    if isinstance(value, _MODEL_KINDS):
+        return value
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, str) or not value:
+        raise SpecError(f"{verb}: {role}={value!r} is no model; give a run, a name, a directory or a hub id")
+    if value in NAMED_MODELS:
+        return NamedModel(name=value)
+    if value in workspace.run_ids():
+        if not registry.methods.get(workspace.spec(value).method).trains:
+            raise SpecError(f"{verb}: {role} {value} is an evaluation and saves no model; %rlhf models lists models")
+        return RunModel(run_id=value)
+    directory = Path(value).expanduser()
+    if (directory / "config.json").exists() or (directory / "adapter_config.json").exists():
+        return PathModel(path=str(directory.resolve()))
+    if directory.is_dir():
+        raise SpecError(f'{verb}: {role} "{value}" is a directory without config.json; save a model there first')
+    # A hub id is owner/name; anything with more slashes or a leading dot was meant as a path.
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?", value):
+        repo, _, revision = value.partition("@")
+        return HubModel(repo_id=repo, revision=revision or None)
+    known = [*NAMED_MODELS, *workspace.run_ids()]
+    raise NotFoundError(
+        f'{verb}: {role} "{value}" does not exist in this workspace{did_you_mean(value, known)}  %rlhf models lists them.'
+    )
+
+
+def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> DataRef:
+    """A Dataset, a name or loose rows as a data reference of the kind the method trains on.
+
+    A method that needs prompts takes the distinct prompts of any kind of rows.
+
+    Raises:
+        DataError: Rows of another kind; the message names what is needed.
+    """
+    if isinstance(value, (NamedData, BlobData)):
+        kind, reference = (NAMED_DATA[value.name] if isinstance(value, NamedData) else value.row_kind), value
+        dataset = None
+    elif isinstance(value, str) and value in NAMED_DATA:
+        kind, reference, dataset = NAMED_DATA[value], NamedData(name=value), None
+    else:
+        dataset = workspace.dataset(value) if isinstance(value, str) else value
+        if not hasattr(dataset, "content_hash"):
+            raise SpecError(f"{verb}: data={value!r} is no data set; give a name or what ws.import_data returned")
+        kind, reference = dataset.kind, None
+    if kind == rows:
+        if reference is not None:
+            return reference
+        return workspace.keep_rows(dataset.rows, kind, dataset.name)
+    if rows == "prompts":
+        source = dataset.rows if dataset is not None else workspace.dataset(value).rows
+        distinct: dict[str, dict[str, Any]] = {}
+        for row in source:
+            distinct.setdefault(repr(row["prompt"]), {"prompt": row["prompt"]})
+        return workspace.keep_rows(list(distinct.values()), "prompts", getattr(dataset, "name", str(value)))
+    name = getattr(dataset, "name", None) or getattr(reference, "name", "")
+    raise DataError(f'{verb}: data "{name}" holds {kind}, and {verb} trains on {rows}; %rlhf data lists what there is')
+
+
+def resolve_reward(workspace: Workspace, value: Any, *, verb: str, role: str = "reward") -> RewardRef:
+    """A reward-model run, a registered name, a named function of this workspace, or a function."""
+    if isinstance(value, (NamedReward, ModelReward, FunctionReward)):
+        return value
+    if isinstance(value, str):
+        if value in registry.rewards:
+            return NamedReward(name=value)
+        if value in workspace.reward_functions:
+            return workspace.reward_functions[value]
+    elif callable(value) and not is_run(value) and not isinstance(value, _MODEL_KINDS):
+        return function_reward(value)
+    try:
+        model = resolve_model(workspace, value, verb=verb, role=role)
+    except NotFoundError:
+        known = [*registry.rewards.names(), *workspace.reward_functions, *workspace.run_ids()]
+        raise NotFoundError(
+            f'{verb}: {role} "{value}" does not exist in this workspace{did_you_mean(value, known)}  '
+            f"%rlhf models lists reward models; %%rlhf reward-function NAME makes one from a cell."
+        ) from None
+    if isinstance(model, RunModel):
+        method = workspace.spec(model.run_id).method
+        if method != "reward":
+            raise SpecError(f"{verb}: {role} {model.run_id} is a {method} run; a reward model comes from %rlhf reward")
+    return ModelReward(model=model)
+
+
+def function_reward(function: Callable[..., Any], name: str | None = None) -> FunctionReward:
+    """Source of a plain function, checked so that it runs alone: no closure, no global of the notebook.
+
+    Raises:
+        SpecError: A lambda, a closure, a method, or a function that uses a name it does not import.
+    """
+    label = name or getattr(function, "__name__", "?")
+    if not inspect.isfunction(function) or function.__name__ == "<lambda>":
+        raise SpecError(
+            f"reward {label}: a lambda or an object cannot travel; write def f(prompts, completions, **columns)"
+        )
+    if function.__closure__:
+        names = ", ".join(function.__code__.co_freevars)
+        raise SpecError(f"reward {label}: a closure over {names} cannot travel; pass columns or put the values inside")
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        raise SpecError(f"reward {label}: its source cannot be read; define it in a cell or a file") from None
+    return reward_from_source(source, label)
+
+
+def reward_from_source(source: str, name: str) -> FunctionReward:
+    """Check the source of a reward: it parses and defines one function that takes prompts and completions.
+
+    Raises:
+        SpecError: Names the line or the missing parameter.
+    """
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise SpecError(f"reward {name}: line {error.lineno}: {error.msg}") from None
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if not functions:
+        raise SpecError(f"reward {name}: no function; write def f(prompts, completions, **columns): return [...]")
+    function = functions[-1]
+    parameters = [argument.arg for argument in function.args.posonlyargs + function.args.args]
+    if parameters[:2] != ["prompts", "completions"]:
+        raise SpecError(
+            f"reward {name}: {function.name}({', '.join(parameters)}) must begin with (prompts, completions, **columns)"
+        )
+    if function.args.kwarg is None and len(parameters) == 2:
+        raise SpecError(f"reward {name}: {function.name} must end with **columns, the other columns of the rows")
+    missing = _free_names(tree, source, name)
+    if missing:
+        raise SpecError(
+            f"reward {name}: {', '.join(sorted(missing))} is defined outside the function; import or define it inside"
+        )
+    return FunctionReward(name=name, source=source)
+
+
+def _free_names(tree: ast.Module, source: str, name: str) -> set[str]:
+    """Globals the code reads that neither it nor Python defines."""
+    defined = set(dir(builtins)) | {"__name__", "__file__"}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            defined.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            defined.update(n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+    import symtable
+
+    def free(table: symtable.SymbolTable) -> set[str]:
+        found = {s.get_name() for s in table.get_symbols() if s.is_global() and s.is_referenced()}
+        for child in table.get_children():
+            found |= free(child)
+        return found
+
+    module = symtable.symtable(source, name, "exec")
+    return {n for child in module.get_children() for n in free(child)} - defined
+
+
+def one_line(error: BaseException) -> str:
+    """An error as a person reads it: ours as they are, others with their type and first line."""
+    text = str(error).strip().splitlines()
+    if isinstance(error, RlhfError):
+        return text[0] if text else type(error).__name__
+    return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")

@@ -1,0 +1,73 @@
+"""train: words become a run spec, and the spec goes to the attached compute."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from rlhf_nb.errors import SpecError
+from rlhf_nb.methods.base import Method
+from rlhf_nb.protocol.spec import Launch, LoRA, RunSpec
+from rlhf_nb.stages.resolve import resolve_data, resolve_model, resolve_reward
+
+if TYPE_CHECKING:
+    from rlhf_nb.run import Run
+    from rlhf_nb.workspace import Workspace
+
+
+def train(
+    workspace: Workspace,
+    method: Method,
+    *,
+    policy: Any = None,
+    base: Any = None,
+    data: Any = None,
+    prompts: Any = None,
+    reward: Any = None,
+    gold: Any = None,
+    adapter: LoRA | None = None,
+    launch: str | None = None,
+    title: str = "",
+) -> Run:
+    """Start a run of `method`; see `Workspace.train`."""
+    if not isinstance(method, Method):
+        raise SpecError(f"train: method={method!r} is no method; give rl.SFT(...), rl.DPO(...) or another")
+    verb = method.name
+    if policy is not None and base is not None:
+        raise SpecError(f"{verb}: policy and base name the same model; give one of them")
+    if data is not None and prompts is not None:
+        raise SpecError(f"{verb}: data and prompts name the same rows; give one of them")
+    role = "policy" if base is None else "base"
+    model = policy if base is None else base
+    rows = data if prompts is None else prompts
+    if model is None:
+        raise SpecError(f"{verb}: no model to train; give --base or --policy, a name that %rlhf models lists")
+    if rows is None:
+        raise SpecError(f"{verb}: no rows to train on; give --data (or --prompts), a name that %rlhf data lists")
+    if method.needs_reward and reward is None:
+        raise SpecError(f"{verb}: no reward; give --reward RUN, a reward model's run, or a name such as toy-true")
+    if not method.needs_reward and reward is not None:
+        raise SpecError(f"{verb}: takes no reward, it trains on {method.rows}; leave --reward away, or use %rlhf ppo")
+    spec = RunSpec(
+        run_id="",
+        workspace_id=workspace.id,
+        method=verb,
+        config=method.model_dump(mode="json"),
+        policy=resolve_model(workspace, model, verb=verb, role=role),
+        data=resolve_data(workspace, rows, verb=verb, rows=method.rows),
+        reward=resolve_reward(workspace, reward, verb=verb) if reward is not None else None,
+        gold=resolve_reward(workspace, gold, verb=verb, role="gold") if gold is not None else None,
+        adapter=adapter,
+        launch=Launch.parse(workspace.launch_flags if launch is None else launch),
+        label_as=title,
+        who=workspace.who,
+        created=time.time(),
+    )
+    method.check(spec)
+    return submit(workspace, spec)
+
+
+def submit(workspace: Workspace, spec: RunSpec) -> Run:
+    """Number the run only when everything about it has been checked, so that a typo takes no number."""
+    workspace.client  # noqa: B018 - raises where nothing is attached
+    return workspace.submit(spec.model_copy(update={"run_id": workspace.store.next_run_id(spec.method)}))

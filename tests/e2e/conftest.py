@@ -1,0 +1,283 @@
+"""A real JupyterLab and a real browser: start, open a notebook, run cells, look at what was painted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psutil
+import pytest
+
+TOKEN = "e2e"
+READY_S = 120
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90.0, every: float = 0.1) -> Any:
+    """The first true answer of `condition`; fails with `what` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = condition()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds:g} s: {what}")
+        time.sleep(every)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Lab:
+    """A running server and the folder it serves."""
+
+    url: str
+    root: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def notebook(self, name: str, cells: list[str]) -> str:
+        notebook = nbformat.v4.new_notebook(
+            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        )
+        notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, self.root / name)
+        return name
+
+
+@contextlib.contextmanager
+def start_lab(root: Path, *, app: str = "lab", settings: dict[str, Any] | None = None, python: str = sys.executable):
+    """JupyterLab (or Notebook 7) on a free port, with its own configuration, ended with everything it started."""
+    home = root / ".jupyter"
+    config = home / "config"
+    for plugin, values in (settings or {}).items():
+        extension, _, name = plugin.partition(":")
+        path = config / "lab" / "user-settings" / extension / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    port = free_port()
+    env = dict(
+        os.environ,
+        JUPYTER_CONFIG_DIR=str(config),
+        JUPYTER_DATA_DIR=str(home / "data"),
+        JUPYTER_RUNTIME_DIR=str(home / "run"),
+        IPYTHONDIR=str(home / "ipython"),
+    )
+    log = root / "server.log"
+    command = [
+        *(python, "-m", "jupyterlab" if app == "lab" else "notebook"),
+        *("--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"),
+        *(f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={root}"),
+        *("--LabApp.expose_app_in_browser=True", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"),
+        *("--LabApp.news_url=None",),
+    ]
+    if app != "lab":
+        command = [part.replace("--LabApp.", "--JupyterNotebookApp.") for part in command if "updates" not in part]
+        command = [part for part in command if "news_url" not in part]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=env, cwd=root, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+
+    def up() -> bool:
+        if process.poll() is not None:
+            pytest.fail(f"the server ended: {log.read_text()[-2000:]}")
+        try:
+            urllib.request.urlopen(f"{url}/api/status?token={TOKEN}", timeout=2)
+        except OSError:
+            return False
+        return True
+
+    try:
+        wait_for(up, "the server answers", READY_S)
+        yield Lab(url, root, process, log)
+    finally:
+        end_tree(process.pid)
+        process.wait(20)
+
+
+def end_tree(pid: int, patience_s: float = 10.0) -> None:
+    """Terminate a process and what it started, then kill what is left."""
+    try:
+        parent = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return
+    tree = [*parent.children(recursive=True), parent]
+    parent.terminate()
+    _, alive = psutil.wait_procs(tree, timeout=patience_s)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+
+@dataclass
+class Page:
+    """One browser tab. Collects what a healthy product never shows: console errors and requests that leave the machine."""
+
+    page: Any
+    lab: Lab
+    errors: list[str] = field(default_factory=list)
+    left_the_machine: list[str] = field(default_factory=list)
+
+    def listen(self) -> None:
+        self.page.on("console", lambda m: self._console(m))
+        self.page.on("pageerror", lambda error: self.errors.append(f"pageerror: {error}"))
+
+        def route(request: Any) -> None:
+            address = request.request.url
+            if address.startswith((self.lab.url, "data:", "blob:")):
+                request.continue_()
+            else:
+                self.left_the_machine.append(address)
+                request.abort()
+
+        self.page.route("**/*", route)
+
+    def _console(self, message: Any) -> None:
+        # Chromium logs every 4xx answer as an error; JupyterLab asks for files that need not exist.
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            self.errors.append(message.text[:500])
+
+    def open(self, name: str, *, reset: bool = True) -> Page:
+        self.page.goto(f"{self.lab.url}/lab/tree/{name}?{'reset&' if reset else ''}token={TOKEN}")
+        return self.wait_idle()
+
+    def reload(self) -> Page:
+        self.page.reload()
+        return self.wait_idle()
+
+    def wait_idle(self, seconds: float = 90) -> Page:
+        self.page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell", timeout=90_000)
+        self.page.wait_for_function(
+            "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
+            timeout=seconds * 1000,
+        )
+        return self
+
+    def command(self, name: str, **arguments: Any) -> Any:
+        return self.page.evaluate("([n, a]) => window.jupyterapp.commands.execute(n, a)", [name, arguments])
+
+    def run_all(self) -> None:
+        self.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+
+    def run_cell(self, index: int, *, wait: bool = True, seconds: float = 120) -> str:
+        """Run one cell, by position; its output's text."""
+        before = self.count(index)
+        self.page.evaluate(
+            """i => { const n = window.jupyterapp.shell.currentWidget.content; n.deselectAll(); n.activeCellIndex = i;
+                      window.jupyterapp.commands.execute('notebook:run-cell') }""",
+            index,
+        )
+        if wait:
+            wait_for(lambda: self.count(index) not in (None, before), f"cell {index} ran: {self.text(index)}", seconds)
+            self.wait_idle(seconds)
+        return self.text(index)
+
+    def count(self, index: int) -> int | None:
+        return self.page.evaluate(
+            "i => window.jupyterapp.shell.currentWidget.content.widgets[i].model.executionCount", index
+        )
+
+    def text(self, index: int) -> str:
+        return self.page.evaluate(
+            """i => [...window.jupyterapp.shell.currentWidget.content.widgets[i].node
+                     .querySelectorAll('.jp-OutputArea-output')].map(o => o.innerText).join('\\n')""",
+            index,
+        )
+
+    def save(self) -> None:
+        self.page.evaluate("async () => { await window.jupyterapp.commands.execute('docmanager:save') }")
+
+    def restart_kernel(self) -> None:
+        self.page.evaluate(
+            "async () => { await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart() }"
+        )
+        self.wait_idle()
+
+    def screenshot(self, name: str) -> Path:
+        folder = Path(os.environ.get("RLHF_NB_SCREENSHOTS", self.lab.root))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.png"
+        self.page.screenshot(path=str(path))
+        return path
+
+    def assert_quiet(self, *, allowed: tuple[str, ...] = ()) -> None:
+        """No console error and no request that left the machine."""
+        errors = [line for line in self.errors if not any(part in line for part in allowed)]
+        assert not errors, errors
+        assert not self.left_the_machine, self.left_the_machine
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        reason = "no chromium; on Debian: apt-get install chromium"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=executable,
+            args=[
+                *("--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run", "--disable-sync"),
+                *("--disable-background-networking", "--disable-component-update", "--disable-quic"),
+            ],
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """One server for all tests that do not need settings of their own."""
+    with start_lab(tmp_path_factory.mktemp("lab")) as running:
+        yield running
+
+
+@pytest.fixture
+def new_page(browser: Any) -> Iterator[Callable[..., Page]]:
+    contexts = []
+
+    def make(lab: Lab, *, width: int = 1300, height: int = 900) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": height})
+        contexts.append(context)
+        page = Page(context.new_page(), lab)
+        page.listen()
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def end_runs() -> Iterator[list[Path]]:
+    """Run folders to end after the test: every supervisor, launcher and rank that is still there."""
+    roots: list[Path] = []
+    yield roots
+    for root in roots:
+        for path in [*root.glob("*/supervisor.json"), *root.glob("*/ranks/*.json")]:
+            with contextlib.suppress(OSError, ValueError, KeyError, psutil.Error):
+                found = json.loads(path.read_text())
+                process = psutil.Process(int(found["pid"]))
+                if abs(process.create_time() - float(found["created"])) < 0.05:
+                    end_tree(process.pid, patience_s=3)
