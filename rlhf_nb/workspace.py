@@ -127,7 +127,7 @@ class Workspace:
 
     @property
     def client(self) -> Client:
-        """The attached compute. After a kernel restart a directory workspace attaches itself again, to read and steer."""
+        """The attached compute. After a kernel restart a directory workspace attaches again by itself, to steer."""
         with self._lock:
             if self._client is not None and not self._client.alive:
                 self._client.close()

@@ -39,7 +39,7 @@ class LiveCoefficient:
     enters: Literal["update", "rollout"] = "update"
     """`update`: in force at the next optimizer step. `rollout`: at the first step of the next rollout."""
     writes: str = ""
-    """Dotted path of the attribute that the loss reads, from the trainer: `trainer.beta`. Empty: the method binds it."""
+    """Dotted path from the trainer to what the loss reads: `trainer.beta`. Empty: the method binds it."""
     unavailable_when: Callable[[Any], str | None] | None = None
     """Given the method, the reason why the value was frozen at construction, or None."""
 

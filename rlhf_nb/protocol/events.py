@@ -1,7 +1,7 @@
 """The events of a run: the one log, `events.jsonl`, one JSON object a line.
 
 `seq` counts from 1 without gaps over the whole life of a run, attempts included; `t` is Unix seconds at the writer.
-`step` and `max_steps` always count optimizer steps. Rank 0 writes while it lives; the supervisor writes the terminal event.
+`step` and `max_steps` always count optimizer steps. Rank 0 writes while it lives; the supervisor writes the last event.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The run spec: everything that decides what a run computes, as plain JSON.
 
-A spec is written once, to `spec.json` in the run directory, before anything starts. Models, data and rewards are *references*
-that are resolved beside the accelerator when the job starts, so an unfinished run can stand for the model it will save.
+A spec is written once, to `spec.json` in the run directory, before anything starts. Models, data and rewards are
+*references*, resolved beside the accelerator when the job starts: an unfinished run can stand for the model it saves.
 """
 
 from __future__ import annotations

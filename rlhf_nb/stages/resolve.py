@@ -78,9 +78,8 @@ def resolve_model(workspace: Workspace, value: Any, *, verb: str, role: str) -> 
         repo, _, revision = value.partition("@")
         return HubModel(repo_id=repo, revision=revision or None)
     known = [*NAMED_MODELS, *workspace.run_ids()]
-    raise NotFoundError(
-        f'{verb}: {role} "{value}" does not exist in this workspace{did_you_mean(value, known)}  %rlhf models lists them.'
-    )
+    hint = did_you_mean(value, known)
+    raise NotFoundError(f'{verb}: {role} "{value}" does not exist in this workspace{hint}  %rlhf models lists them.')
 
 
 def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> DataRef:

@@ -128,7 +128,7 @@ def end_tree(pid: int, patience_s: float = 10.0) -> None:
 
 @dataclass
 class Page:
-    """One browser tab. Collects what a healthy product never shows: console errors and requests that leave the machine."""
+    """One browser tab. Collects what a healthy product never shows: console errors, requests that leave the machine."""
 
     page: Any
     lab: Lab
