@@ -55,7 +55,8 @@ class Database:
         try:
             with engines.opening(database._place, lock_timeout_s):
                 migrate.upgrade(database._engine, database._place)
-            database.workspace_id = database._identify()
+            database.workspace_id = database.keep_first("workspace_id", str(uuid.uuid4()))
+            database.keep_first("created", now())
         except BaseException:
             database.close()
             raise
@@ -73,6 +74,17 @@ class Database:
     def location(self) -> str:
         """The file, or the URL without its password."""
         return self._place.shown
+
+    def keep_first(self, key: str, value: str) -> str:
+        """Keep a value under a key unless one is there; give the one that is there."""
+        query = sa.select(schema.meta.c.value).where(schema.meta.c.key == key)
+        with self._read() as connection:
+            found = connection.execute(query).scalar()
+        if found is not None:
+            return found
+        with self._write() as connection:
+            connection.execute(self._insert(schema.meta).values(key=key, value=value).on_conflict_do_nothing())
+            return connection.execute(query).scalar_one()
 
     def close(self) -> None:
         """Give back the connections. Closing twice is fine."""
@@ -127,17 +139,6 @@ class Database:
     def _refuse_when_closed(self) -> None:
         if self._closed:
             raise StoreError(f"workspace {self.location} is closed; open it again")
-
-    def _identify(self) -> str:
-        query = sa.select(schema.meta.c.value).where(schema.meta.c.key == "workspace_id")
-        with self._read() as connection:
-            found = connection.execute(query).scalar()
-        if found is not None:
-            return found
-        with self._write() as connection:
-            first = [{"key": "workspace_id", "value": str(uuid.uuid4())}, {"key": "created", "value": now()}]
-            connection.execute(self._insert(schema.meta).on_conflict_do_nothing(), first)
-            return connection.execute(query).scalar_one()
 
 
 def default_who() -> str:
