@@ -25,7 +25,8 @@ RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 NODE_READY := widgets/node_modules/.ready
 
-.PHONY: help lab demo check test test-python test-widgets format constraints clean
+.PHONY: help lab demo check check-lint check-format check-types check-imports check-typescript check-protocol test \
+	test-python test-widgets format constraints clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -60,12 +61,18 @@ demo: $(RUN_READY)
 		--output-dir $(CURDIR) --output report.html 00_quickstart.ipynb
 	@echo "report: $(CURDIR)/report.html"
 
-check: $(DEV_READY) $(NODE_READY)
+check: check-lint check-format check-types check-imports check-typescript check-protocol
+check-lint: $(DEV_READY)
 	$(BIN)/ruff check .
+check-format: $(DEV_READY)
 	$(BIN)/ruff format --check .
+check-types: $(DEV_READY)
 	$(BIN)/mypy
+check-imports: $(DEV_READY)
 	$(BIN)/lint-imports
+check-typescript: $(NODE_READY)
 	$(NPM) run typecheck
+check-protocol: $(DEV_READY)
 	$(BIN)/python -m rlhf_nb.protocol.generate --check
 
 format: $(DEV_READY)

@@ -14,7 +14,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 sys.path.insert(0, str(Path(__file__).parent / "widgets"))
-import npm  # noqa: E402
+import npm
 
 
 class WidgetBuildHook(BuildHookInterface):

@@ -24,9 +24,12 @@ class Distributions:
 
 
 def copy_checkout(target: Path) -> Path:
-    """What `git clone` would give if the work tree were committed: no ignored file, so nothing built and no node_modules."""
+    """What `git clone` would give if the work tree were committed: nothing that git ignores, so nothing built."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
     ).stdout.decode()
     for name in filter(None, listed.split("\0")):
         if (source := ROOT / name).is_file():

@@ -78,7 +78,9 @@ def test_the_wheel_carries_the_kernelspec_that_a_remote_attach_starts(wheel: dic
 
 
 def test_the_wheel_carries_the_jupyterlab_setting(wheel: dict[str, bytes]) -> None:
-    (name,) = (name for name in wheel if name.endswith(".data/data/share/jupyter/lab/settings/overrides.d/rlhf_nb.json"))
+    (name,) = (
+        name for name in wheel if name.endswith(".data/data/share/jupyter/lab/settings/overrides.d/rlhf_nb.json")
+    )
     setting = json.loads(wheel[name])["@jupyterlab/apputils-extension:kernels-settings"]
     assert setting == {"commsOverSubshells": "disabled"}
 
@@ -99,10 +101,21 @@ def test_no_development_file_travels(wheel: dict[str, bytes], sdist: dict[str, b
 def test_the_installed_wheel_puts_its_files_where_jupyter_looks(distributions: Distributions, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    install = ["pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(distributions.wheel)]
+    install = [
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        str(distributions.wheel),
+    ]
     subprocess.run([sys.executable, "-m", *install], check=True)
     # From a folder of its own: in the repository `import rlhf_nb` would find the work tree instead.
-    code = "import importlib.metadata as m, rlhf_nb; print(rlhf_nb.__file__, rlhf_nb.__version__ == m.version('rlhf-nb'))"
+    code = (
+        "import importlib.metadata as m, rlhf_nb; print(rlhf_nb.__file__, rlhf_nb.__version__ == m.version('rlhf-nb'))"
+    )
     said = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert str(tmp_path / "venv") in said
     assert said.rstrip().endswith("True")

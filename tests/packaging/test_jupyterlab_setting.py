@@ -21,11 +21,21 @@ PLUGIN = "@jupyterlab/apputils-extension:kernels-settings"
 def lab(tmp_path: Path) -> Iterator[str]:
     """URL of a running `jupyter lab` on a free port, ended afterwards."""
     runtime = tmp_path / "runtime"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        "--ServerApp.port=0",
+    ]
     command += ["--IdentityProvider.token=t", f"--ServerApp.root_dir={tmp_path}"]
     environment = {**os.environ, "JUPYTER_RUNTIME_DIR": str(runtime), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "user")}
     with (tmp_path / "lab.log").open("wb") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + 120
         while not (found := list(runtime.glob("jpserver-*.json"))):

@@ -32,7 +32,9 @@ def test_every_declared_dependency_is_pinned_inside_its_range() -> None:
     pinned = pins("constraints.txt")
     for name, requirement in declared("train", "postgres", "dev").items():
         assert name in pinned, f"{name} is not in constraints.txt"
-        assert requirement.specifier.contains(pinned[name]), f"{name}=={pinned[name]} is outside {requirement.specifier}"
+        assert requirement.specifier.contains(pinned[name]), (
+            f"{name}=={pinned[name]} is outside {requirement.specifier}"
+        )
 
 
 def test_constraints_carry_no_local_version_so_that_they_hold_on_every_machine() -> None:
@@ -48,7 +50,9 @@ def test_what_is_installed_here_is_what_constraints_pin() -> None:
 def test_binder_pins_what_the_notebooks_need_at_the_versions_of_the_constraints() -> None:
     binder, constraints = pins("binder/requirements.txt"), pins("constraints.txt")
     assert set(binder) == set(declared("train"))
-    assert {name: version.public for name, version in binder.items()} == {name: constraints[name].public for name in binder}
+    assert {name: version.public for name, version in binder.items()} == {
+        name: constraints[name].public for name in binder
+    }
 
 
 def test_binder_takes_torch_without_cuda() -> None:
