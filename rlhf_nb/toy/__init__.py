@@ -21,12 +21,25 @@ from rlhf_nb.toy.data import (
     prompts,
     rankings,
     thumbs,
-)  # fmt: skip
-from rlhf_nb.toy.recipe import SFT_RECIPE, model_path
+)
+from rlhf_nb.toy.recipe import COMPLETION_TOKENS, SFT_DATA, SFT_RECIPE, model_path
 from rlhf_nb.toy.reward import quality_scores, true_reward
 
 __all__ = [
-    "DEFAULT_SIZES", "SFT_RECIPE", "Annotator", "dataset", "demonstrations", "held_out_prompts", "is_held_out",
+    "COMPLETION_TOKENS",
+    "DEFAULT_SIZES",
+    "SFT_DATA",
+    "SFT_RECIPE",
+    "Annotator",
+    "dataset",
+    "demonstrations",
+    "held_out_prompts",
+    "is_held_out",
     "model_path",
-    "pairs", "prompts", "quality_scores", "rankings", "thumbs", "true_reward",
-]  # fmt: skip
+    "pairs",
+    "prompts",
+    "quality_scores",
+    "rankings",
+    "thumbs",
+    "true_reward",
+]

@@ -34,7 +34,7 @@ def demonstrations(n: int, seed: int = 0) -> list[dict]:
     rng = chance.generator("demonstrations", seed)
     rows = []
     for _ in range(_count(n)):
-        question, prompt = _ask(rng)
+        question, prompt = ask(rng)
         rows.append({"prompt": prompt, "completion": _write(question, writers.DEMONSTRATORS, rng)})
     return rows
 
@@ -45,7 +45,7 @@ def pairs(n: int, seed: int = 0, annotator: Annotator | None = None) -> list[dic
     rng, annotator = chance.generator("pairs", seed), annotator or Annotator()
     rows = []
     for _ in range(_count(n)):
-        question, prompt = _ask(rng)
+        question, prompt = ask(rng)
         a, b = _write_different(question, 2, rng)
         a_wins = annotator.choose(prompt, a, b) == "a"
         rows.append({"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a})
@@ -57,7 +57,7 @@ def rankings(n: int, seed: int = 0, annotator: Annotator | None = None) -> list[
     rng, annotator = chance.generator("rankings", seed), annotator or Annotator()
     rows = []
     for _ in range(_count(n)):
-        question, prompt = _ask(rng)
+        question, prompt = ask(rng)
         texts = _write_different(question, COMPLETIONS_RANKED, rng)
         rows.append({"prompt": prompt, "completions": texts, "ranks": annotator.rank(prompt, texts)})
     return rows
@@ -68,7 +68,7 @@ def thumbs(n: int, seed: int = 0, annotator: Annotator | None = None) -> list[di
     rng, annotator = chance.generator("thumbs", seed), annotator or Annotator()
     rows = []
     for _ in range(_count(n)):
-        question, prompt = _ask(rng)
+        question, prompt = ask(rng)
         text = _write(question, writers.CANDIDATES, rng)
         rows.append({"prompt": prompt, "completion": text, "label": annotator.thumb(prompt, text)})
     return rows
@@ -111,7 +111,8 @@ def _all_prompts(held_out: bool) -> dict[str, tuple[tuple[Question, str], ...]]:
     }
 
 
-def _ask(rng: random.Random, held_out: bool = False) -> tuple[Question, str]:
+def ask(rng: random.Random, held_out: bool = False) -> tuple[Question, str]:
+    """A question with one of its wordings, kinds in their shares."""
     kind = chance.weighted(rng, questions.KIND_SHARES)
     if kind != "check":
         return chance.pick(rng, _all_prompts(held_out)[kind])
@@ -140,7 +141,7 @@ def _different_prompts(n: int, rng: random.Random, held_out: bool) -> list[dict]
         raise DataError(f"n={n}: the toy world has {there_are} such prompts; ask for at most {there_are // 2}")
     seen: dict[str, None] = {}
     while len(seen) < n:
-        seen[_ask(rng, held_out)[1]] = None
+        seen[ask(rng, held_out)[1]] = None
     return [{"prompt": prompt} for prompt in seen]
 
 
