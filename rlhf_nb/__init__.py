@@ -24,7 +24,7 @@ _HOMES = {
     "RewardModel": "rlhf_nb.methods.reward_model",
     "DPO": "rlhf_nb.methods.dpo",
     "PPO": "rlhf_nb.methods.ppo",
-    "Dataset": "rlhf_nb.data",
+    "Dataset": "rlhf_nb.data.dataset",
     "Server": "rlhf_nb.compute.transports.server",
     "KernelFile": "rlhf_nb.compute.transports.kernel_file",
     "RlhfError": "rlhf_nb.errors",

@@ -15,8 +15,8 @@ from rlhf_nb.protocol.spec import BlobData, FunctionReward, LoRA, RunSpec, descr
 
 if TYPE_CHECKING:
     from rlhf_nb.compute.client import AttachInfo, Client
-    from rlhf_nb.data import Dataset
-    from rlhf_nb.labelling import LabelSession
+    from rlhf_nb.data.dataset import Dataset
+    from rlhf_nb.labelling.session import LabelSession
     from rlhf_nb.methods.base import Method
     from rlhf_nb.run import Run
     from rlhf_nb.stages.evaluate import Evaluation

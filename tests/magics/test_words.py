@@ -1,0 +1,150 @@
+"""What `%rlhf` understands, refuses and prints without any compute attached."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_nb import workspace
+from rlhf_nb.errors import AttachError, DataError, NotFoundError, RlhfError, SpecError
+
+
+def test_a_bare_magic_says_what_is_attached_and_which_workspace(shell):
+    text = repr(shell.run("%rlhf"))
+    assert "nothing attached" in text and "rlhf-workspace" in text
+
+
+def test_a_misspelt_verb_suggests_the_nearest(shell):
+    with pytest.raises(SpecError, match='"lable" is no verb of %rlhf; did you mean "label"'):
+        shell.run("%rlhf lable hh")
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "says"),
+    [
+        ("%rlhf sft --basse toy", SpecError, 'did you mean "--base"'),
+        ("%rlhf sft", SpecError, "no model to train; give --base"),
+        ("%rlhf sft --base toy", SpecError, "no rows to train on; give --data"),
+        ("%rlhf sft --base toyy --data toy-demonstrations", NotFoundError, 'base|policy "toyy" does not exist'),
+        ("%rlhf dpo --policy toy-sfx --data toy-pairs", NotFoundError, 'did you mean "toy-sft"'),
+        ("%rlhf sft --base toy --data toy-demonstrationz", NotFoundError, 'did you mean "toy-demonstrations"'),
+        ("%rlhf sft --base toy --data toy-pairs", DataError, "holds pairs, and sft trains on demonstrations"),
+        ("%rlhf sft --base toy --data toy-demonstrations --set max_step=3", SpecError, 'did you mean "max_steps"'),
+        ("%rlhf sft --base toy --data toy-demonstrations --set max_steps=-1", SpecError, "max_steps=-1"),
+        ("%rlhf sft --base toy --data toy-demonstrations --set max_steps", SpecError, "write key=value"),
+        ("%rlhf sft --base toy --data toy-demonstrations", AttachError, "%rlhf attach local"),
+        ("%rlhf ppo --policy toy-sft --prompts toy-prompts", SpecError, "no reward; give --reward"),
+        ("%rlhf ppo --policy toy-sft --prompts toy-prompts --reward toy-tru", NotFoundError, 'did you mean "toy-true"'),
+        (
+            "%rlhf ppo --policy toy-sft --prompts toy-prompts --reward toy-true --set kl_coef=-1",
+            SpecError,
+            "kl_coef=-1",
+        ),
+        ("%rlhf attach server", SpecError, "needs a URL"),
+        ("%rlhf watch ppo-9", NotFoundError, 'run "ppo-9" does not exist'),
+        ("%rlhf watch", NotFoundError, "no run yet"),
+        ('%rlhf sample sft-1 "unclosed', SpecError, "close the quote"),
+        ("%rlhf import nowhere.jsonl --as x", RlhfError, "nowhere.jsonl"),
+        ("%rlhf label nothing", NotFoundError, 'data "nothing" does not exist'),
+        ("%%rlhf sft\nmax_steps = = 3", SpecError, "not TOML"),
+        ("%%rlhf sft\nbase = 'toy'\ndata = 'toy-demonstrations'\nmax_step = 3", SpecError, 'did you mean "max_steps"'),
+        ("%%rlhf watch\nx", SpecError, "takes no cell"),
+        ("%rlhf reward-function brief", SpecError, "is a cell magic"),
+        ("%%rlhf reward-function brief\n1 +", SpecError, "line 1"),
+        ("%%rlhf reward-function brief\ndef f(x): return 1", SpecError, "must begin with"),
+        (
+            "%%rlhf reward-function brief\ndef f(prompts, completions, **c): return [K]",
+            SpecError,
+            "K is defined outside",
+        ),
+    ],
+)
+def test_a_bad_line_is_one_line_with_the_value_and_the_way_out(shell, line, error, says):
+    with pytest.raises(error, match=says) as caught:
+        shell.run(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_cell_shows_one_line_and_no_traceback(shell, capsys):
+    shell.shell.run_cell("%rlhf lable hh", store_history=False)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "Traceback" not in out and "SpecError" in out
+
+
+def test_a_refused_line_takes_no_run_number(shell):
+    with pytest.raises(AttachError):
+        shell.run("%rlhf sft --base toy --data toy-demonstrations")
+    assert len(shell.run("%rlhf runs")) == 0
+
+
+def test_a_reward_function_of_a_cell_is_kept_and_listed(shell):
+    shell.run(
+        "%%rlhf reward-function brief\ndef f(prompts, completions, **columns):\n    return [-len(c) for c in completions]"
+    )
+    assert any(row["model"] == "brief" for row in shell.run("%rlhf models"))
+    workspace.use(workspace.Workspace("rlhf-workspace"))
+    assert "brief" in workspace.current().reward_functions
+
+
+def test_names_that_always_resolve_are_listed(shell):
+    models = {row["model"] for row in shell.run("%rlhf models")}
+    data = {row["data"] for row in shell.run("%rlhf data")}
+    assert {"toy", "toy-sft", "toy-true"} <= models
+    assert {"toy-demonstrations", "toy-pairs", "toy-rankings", "toy-thumbs", "toy-prompts"} <= data
+
+
+def test_quickstart_copies_the_notebooks_and_leaves_what_is_there(shell, tmp_path):
+    first = shell.run("%rlhf quickstart")
+    assert (tmp_path / "00_quickstart.ipynb").exists()
+    (tmp_path / "00_quickstart.ipynb").write_text("mine")
+    again = shell.run("%rlhf quickstart")
+    assert [row[""] for row in first][0] == "copied" and [row[""] for row in again][0] == "left as it is"
+    assert (tmp_path / "00_quickstart.ipynb").read_text() == "mine"
+
+
+def test_help_lists_every_verb(shell):
+    from rlhf_nb.magics import parser
+
+    text = shell.shell.object_inspect("%rlhf")["docstring"]
+    missing = [verb for verb in parser.verbs() if f"%rlhf {verb}" not in text]
+    assert not missing
+
+
+def test_variables_expand_and_results_can_be_assigned(shell):
+    shell.run("name = 'toy-pairs'\ntable = %rlhf data")
+    assert len(shell.shell.user_ns["table"]) >= 5
+    with pytest.raises(DataError, match="toy-pairs"):
+        shell.run("%rlhf sft --base toy --data {name}")
+
+
+def test_unloading_takes_the_magic_away_and_closes_the_workspace(shell):
+    shell.run("%rlhf")
+    shell.run("%unload_ext rlhf_nb")
+    assert shell.shell.find_line_magic("rlhf") is None and workspace.opened() is None
+    shell.run("%load_ext rlhf_nb")
+    assert shell.run("%rlhf") is not None
+
+
+def test_loading_the_extension_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom IPython.core.interactiveshell import InteractiveShell\n"
+        "s = InteractiveShell.instance(); s.run_line_magic('load_ext', 'rlhf_nb')\n"
+        "heavy = {'torch', 'transformers', 'trl', 'pandas', 'bokeh', 'sqlalchemy', 'alembic', 'datasets', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout
+
+
+def test_using_the_notebook_side_never_imports_torch(tmp_path: Path):
+    code = (
+        "import sys\nimport rlhf_nb as rl\nws = rl.Workspace('w')\n"
+        "ws.datasets(); ws.models(); ws.runs(); ws.status(); ws.dataset('toy-pairs').rows\n"
+        "[getattr(rl, name) for name in rl.__all__]\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'peft', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]", done.stdout
