@@ -111,6 +111,10 @@ class Method(BaseModel):
         """
 
     @classmethod
+    def preload(cls) -> None:
+        """Import what `build_trainer` needs, ahead of a job. Touches neither the accelerator nor a process group."""
+
+    @classmethod
     def create(cls, **knobs: Any) -> Method:
         """The method from loose knobs, errors as one line.
 
@@ -121,6 +125,42 @@ class Method(BaseModel):
             return cls(**knobs)
         except ValidationError as error:
             raise SpecError(_one_line(cls, error)) from None
+
+
+class GradientMethod(Method):
+    """What methods share that take plain gradient steps over rows, through transformers' Trainer."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled (AdamW, arXiv:1711.05101), per step and unit of learning rate; biases and norms are left out."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps over which the learning rate rises from 0."""
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "linear"
+    """Schedule after the warm-up, a factor on `learning_rate`. linear and cosine end at 0."""
+    optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this L2 norm; 0 leaves them."""
+    gradient_accumulation: int = Field(1, gt=0)
+    """Micro-batches an optimizer step is split into, to save memory; `batch_size` stays what a step sees."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a fifth slower."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes in bfloat16 (autocast) and keeps float32 weights."""
+    sample_tokens: int = Field(64, gt=0)
+    """Longest completion sampled while training, in tokens."""
+
+    def rows_per_device(self, world_size: int) -> int:
+        """Rows in one micro-batch of one rank.
+
+        Raises:
+            SpecError: `batch_size` does not split evenly over ranks and micro-batches.
+        """
+        parts = world_size * self.gradient_accumulation
+        if self.batch_size % parts:
+            raise SpecError(
+                f"{self.name}: batch_size={self.batch_size} does not split over {world_size} ranks × "
+                f"{self.gradient_accumulation} micro-batches; use a multiple of {parts}"
+            )
+        return self.batch_size // parts
 
 
 def _one_line(cls: type[Method], error: ValidationError) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from rlhf_nb.protocol.control import AnyControl, Pause, Resume, Sample, SaveCheckpoint, SetCoefficient, Stop, parse_control
 from rlhf_nb.protocol.events import Coefficient, CoefficientChanged, ControlAcknowledged, ControlRefused, Paused, Resumed
@@ -48,13 +51,16 @@ class ControlLoop:
         *,
         broadcast: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
         seen: frozenset[str] = frozenset(),
+        values: Mapping[str, float] | None = None,
     ) -> None:
         """
         Args:
             tail: Reader of control.jsonl on rank 0, None elsewhere.
             broadcast: Given rank 0's list of control dicts, returns the same list on every rank. None for one process.
             seen: Ids of lines that an earlier attempt already acted on.
+            values: Of a restarted run: what its coefficients were at the checkpoint, written when they are bound.
         """
+        self._values = dict(values or {})
         self._tail, self._emit, self._broadcast, self._seen = tail, emit, broadcast, set(seen)
         self._bound: dict[str, BoundCoefficient] = {}
         self._waiting: dict[str, SetCoefficient] = {}
@@ -66,6 +72,9 @@ class ControlLoop:
 
     def bind(self, coefficients: list[BoundCoefficient]) -> None:
         self._bound = {bound.coefficient.name: bound for bound in coefficients}
+        for name, value in self._values.items():
+            if name in self._bound and not self._bound[name].unavailable_reason:
+                self._bound[name].write(value)
 
     def describe(self, method: Any) -> list[Coefficient]:
         return [bound.describe(method) for bound in self._bound.values()]
@@ -78,19 +87,25 @@ class ControlLoop:
         """
         self._take(step)
         if self.paused and not self.stopping:
-            self._emit(Paused(step=step - 1))
-            while self.paused and not self.stopping:
-                time.sleep(POLL_WHILE_PAUSED_S)
-                self._take(step)
-                # A checkpoint or sample asked for during the pause must not wait for its end.
-                if self.on_idle is not None and (self.checkpoint_requested or self.sample_requests):
-                    self.on_idle()
-            if not self.stopping:
-                self._emit(Resumed(step=step - 1))
+            with self.around_pause():
+                self._wait(step)
         self._apply(step, rollout)
 
     on_idle: Callable[[], None] | None = None
     """Set by a trainer that can serve checkpoint and sample requests while paused."""
+    around_pause: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Set by a trainer that keeps pauses out of its step times."""
+
+    def _wait(self, step: int) -> None:
+        self._emit(Paused(step=step - 1))
+        while self.paused and not self.stopping:
+            time.sleep(POLL_WHILE_PAUSED_S)
+            self._take(step)
+            # A checkpoint or sample asked for during the pause must not wait for its end.
+            if self.on_idle is not None and (self.checkpoint_requested or self.sample_requests):
+                self.on_idle()
+        if not self.stopping:
+            self._emit(Resumed(step=step - 1))
 
     def _poll(self) -> list[AnyControl]:
         lines: list[dict[str, Any]] = []
@@ -98,7 +113,16 @@ class ControlLoop:
             lines = [line for line in self._tail.read() if line.get("id") not in self._seen]
         if self._broadcast is not None:
             lines = self._broadcast(lines)
-        return [parse_control(line) for line in lines]
+        return [control for line in lines if (control := self._parse(line)) is not None]
+
+    def _parse(self, line: dict[str, Any]) -> AnyControl | None:
+        """A line that this version cannot read is refused: a newer notebook must not end a run."""
+        try:
+            return parse_control(line)
+        except ValidationError as error:
+            reason = f"this run cannot read it ({error.errors()[0]['msg'].lower()})"
+            self._emit(ControlRefused(id=str(line.get("id", "")), op=str(line.get("op", "?")), reason=reason))
+            return None
 
     def _take(self, step: int) -> None:
         for control in self._poll():

@@ -1,0 +1,1 @@
+"""Methods that measure and train nothing."""

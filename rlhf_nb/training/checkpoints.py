@@ -1,0 +1,40 @@
+"""Checkpoints of a run: whole directories only, found by step. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from rlhf_nb.compute.rundir import storage_errors
+
+SCRATCH = ".saving"
+"""Folder inside `checkpoints/` where one is written before it is renamed into place."""
+
+
+def directory(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"checkpoint-{step}"
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step after which a checkpoint was taken."""
+    return int(path.name.rsplit("-", 1)[1])
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The checkpoint with the largest step, or None. A checkpoint that was being written when its process died is not seen."""
+    folder = run_dir / "checkpoints"
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return max(found, key=step_of, default=None)
+
+
+def publish(run_dir: Path, step: int, written: Path) -> Path:
+    """Rename a whole checkpoint into its place; an older one of the same step gives way."""
+    target = directory(run_dir, step)
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(written, target)
+    return target

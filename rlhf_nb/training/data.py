@@ -1,0 +1,135 @@
+"""Rows beside the accelerator: found, checked against their hash and kind, and given the shape a tokenizer needs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_nb.data.rows import COLUMNS, Prompt, Row, decode_rows, fault
+from rlhf_nb.errors import DataError
+from rlhf_nb.protocol.spec import BlobData, DataRef, NamedData
+
+if TYPE_CHECKING:
+    from rlhf_nb.training.context import Context
+
+
+def load_rows(reference: DataRef, blobs: Path, kind: str) -> list[Row]:
+    """The rows a reference stands for.
+
+    Args:
+        kind: What the method trains on; rows with a prompt of any kind serve where `prompts` are wanted.
+
+    Raises:
+        DataError: The blob is missing or damaged, the kind is another, or a row cannot be used; the message has its number.
+    """
+    match reference:
+        case NamedData(name=name):
+            from rlhf_nb.toy import dataset
+
+            found, rows = dataset(name)
+        case BlobData(content_hash=content_hash, row_kind=found):
+            name = reference.name or content_hash[:8]
+            path = blobs / f"{content_hash}.jsonl"
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                raise DataError(f'data "{name}": its rows did not arrive at {path}; start the run again to send them') from None
+            if hashlib.sha256(data).hexdigest() != content_hash:
+                raise DataError(f'data "{name}": {path.name} is damaged (its hash differs); delete it and start the run again')
+            rows = decode_rows(data)
+        case _:
+            raise TypeError(f"{reference!r} is no data reference")
+    if kind not in (found, "prompts"):
+        raise DataError(f'data "{name}" holds {found}, and this method trains on {kind}')
+    if not rows:
+        raise DataError(f'data "{name}" holds 0 rows; import some, or label some, first')
+    for index, row in enumerate(rows):
+        if reason := fault(kind, row):
+            raise DataError(f'data "{name}", row {index}: {reason}; leave it out and import again')
+    return rows
+
+
+def as_messages(prompt: Prompt, tokenizer: Any) -> Prompt:
+    """A prompt as a chat model sees it: text is one user message. Without a chat template it stays text.
+
+    Raises:
+        DataError: Messages, and a tokenizer that has no chat template to write them with.
+    """
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"prompts are chat messages and the tokenizer of {Path(tokenizer.name_or_path).name} has no chat template; "
+            f"use plain text prompts or a chat model"
+        )
+    return prompt
+
+
+def for_trl(rows: Iterable[Mapping[str, Any]], kind: str, tokenizer: Any) -> list[Row]:
+    """Rows with only the columns of their kind, as messages or text throughout: TRL refuses a mixture."""
+    result = []
+    for row in rows:
+        prompt = as_messages(row["prompt"], tokenizer)
+        shaped: Row = {"prompt": prompt}
+        for column in COLUMNS[kind][1:]:
+            chat = isinstance(prompt, list) and isinstance(row[column], str)
+            shaped[column] = [{"role": "assistant", "content": row[column]}] if chat else row[column]
+        result.append(shaped)
+    return result
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """Tokens of a prompt up to where the completion begins."""
+    shaped = as_messages(prompt, tokenizer)
+    if isinstance(shaped, str):
+        return list(tokenizer(shaped)["input_ids"])
+    return list(tokenizer.apply_chat_template(shaped, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+
+
+def conversation_ids(prompt: Prompt, completion: str, tokenizer: Any) -> list[int]:
+    """Tokens of a prompt and its completion together, ended as in training."""
+    shaped = as_messages(prompt, tokenizer)
+    if isinstance(shaped, str):
+        text = shaped + completion
+        return list(tokenizer(text if text.endswith(tokenizer.eos_token or "\0") else text + (tokenizer.eos_token or ""))["input_ids"])
+    messages = [*shaped, {"role": "assistant", "content": completion}]
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+
+
+def say_what_fits(context: Context, dataset: Any, columns: tuple[str, ...], max_length: int) -> None:
+    """Say how many rows were dropped or cut because of `max_length`.
+
+    Args:
+        dataset: The trainer's own, after tokenizing and dropping.
+        columns: Token columns whose lengths make up a row's.
+
+    Raises:
+        DataError: No row is left.
+    """
+    import pyarrow.compute as pc
+
+    rows, kept = len(context.rows), len(dataset)
+    what = context.method.rows
+    if not kept:
+        raise DataError(
+            f"{context.method.name}: none of the {rows} {what} fits in max_length={max_length} tokens; raise max_length, "
+            f"or take a model with a longer context"
+        )
+    if kept < rows:
+        context.emit.notice(
+            "rows_dropped",
+            f"{rows - kept} of {rows} {what} do not fit in max_length={max_length} tokens and were dropped",
+            "warning",
+        )
+    table = dataset.with_format("arrow")[:]
+    lengths = sum((pc.list_value_length(table[column]).to_numpy() for column in columns[1:]), pc.list_value_length(table[columns[0]]).to_numpy())
+    if cut := int((lengths > max_length).sum()):
+        context.emit.notice(
+            "rows_cut", f"{cut} of {rows} {what} are longer than max_length={max_length} tokens; their ends are cut", "warning"
+        )
+    if kept < context.method.batch_size:
+        context.emit.notice(
+            "few_rows", f"{kept} {what} for batch_size={context.method.batch_size}: a step sees every row at once", "warning"
+        )

@@ -1,0 +1,236 @@
+"""One job beside the accelerator, on every rank: read the spec, resolve what it names, train, save.
+
+`preload` is what a standby does ahead of time; `run` is the job. Errors go up as they are: the worker records their one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rlhf_nb import registry
+from rlhf_nb.compute.rundir import EventWriter, LineTail, RunDir, storage_errors
+from rlhf_nb.errors import ComputeError, SpecError
+from rlhf_nb.methods.base import Method
+from rlhf_nb.protocol.events import ModelSaved, Resumed, Started, TrainingEnded
+from rlhf_nb.protocol.fold import RunFold
+from rlhf_nb.protocol.spec import FunctionReward, NamedReward, RunSpec
+from rlhf_nb.training import checkpoints, distributed, models
+from rlhf_nb.training.context import Context, Emitter
+from rlhf_nb.training.control import ControlLoop
+from rlhf_nb.training.data import load_rows
+
+VERSIONS = ("rlhf-nb", "torch", "transformers", "trl", "peft", "accelerate")
+
+
+def preload() -> None:
+    """Import everything any method needs. Touches neither an accelerator nor a process group."""
+    # Constructing a trainer would ping a server, and the progress bars of data sets have no reader.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for module in ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors.torch"):
+        importlib.import_module(module)
+    for name in registry.methods.names():
+        # A plugin that cannot be imported says so when a run asks for it, not in everybody's standby.
+        with contextlib.suppress(ImportError, AttributeError):
+            registry.methods.get(name).preload()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    importlib.import_module("rlhf_nb.training.trainer")
+    importlib.import_module("rlhf_nb.training.sampling")
+
+
+def run(
+    run_dir: Path,
+    *,
+    blobs: Path,
+    runs_root: Path,
+    rank: int,
+    world_size: int,
+    warm: bool,
+    attempt: int,
+    resume_from: Path | None,
+) -> None:
+    """Do the run's job on this rank.
+
+    Args:
+        blobs: Folder of `<content_hash>.jsonl`.
+        runs_root: Folder of run directories, where a parent run's model is found.
+        world_size: As the launcher was told; the true one is taken from the process group.
+        warm: A standby took the job.
+        attempt: Counted from 1.
+        resume_from: Checkpoint directory to continue from; None starts at step 1.
+    """
+    preload()
+    import torch
+
+    place = RunDir(run_dir)
+    spec = place.spec()
+    use_cpu = not torch.cuda.is_available()
+    true_rank, true_world = distributed.start(use_cpu)
+    writer = EventWriter(place.events_path) if true_rank == 0 else None
+    try:
+        method: Method = registry.methods.get(spec.method).create(**spec.config)
+        emit = Emitter(writer, method.max_steps)
+        before = _so_far(place, attempt)
+        step = checkpoints.step_of(resume_from) if resume_from else 0
+        _announce(emit, method, before, step, attempt=attempt, warm=warm, world_size=true_world, use_cpu=use_cpu)
+        if (true_rank, true_world) != (rank, world_size) or true_world != spec.launch.num_processes:
+            raise ComputeError(
+                f"launch: {spec.launch.num_processes} ranks were asked for and the process group has {true_world}; "
+                f"on CPU use --multi_gpu --num_processes {spec.launch.num_processes}"
+            )
+        control = ControlLoop(
+            LineTail(place.control_path) if true_rank == 0 else None,
+            emit.event,
+            broadcast=distributed.broadcaster(),
+            seen=frozenset([*before.acknowledged, *before.refused]),
+            values=_values_at(method, before, step) if attempt > 1 else None,
+        )
+        context = _context(
+            spec, method, place, emit, control, blobs, runs_root, true_rank, true_world, use_cpu, attempt, resume_from
+        )
+        _train(context, place)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _so_far(place: RunDir, attempt: int) -> RunFold:
+    """What earlier attempts left: the control they acted on and the values their coefficients had."""
+    fold = RunFold()
+    if attempt > 1:
+        for event in place.events():
+            fold.add(event)
+    return fold
+
+
+def _values_at(method: Method, before: RunFold, step: int) -> dict[str, float]:
+    """What each live coefficient was when optimizer step `step` had been taken."""
+    values = {live.name: float(getattr(method, live.name)) for live in method.live}
+    values.update({change.name: change.new for change in before.changes if change.effective_step <= step})
+    return values
+
+
+def _announce(
+    emit: Emitter, method: Method, before: RunFold, step: int, *, attempt: int, warm: bool, world_size: int, use_cpu: bool
+) -> None:
+    values = _values_at(method, before, step)
+    emit.event(
+        Started(
+            attempt=attempt,
+            world_size=world_size,
+            rank_pids=distributed.rank_pids(),
+            device=device_name(use_cpu),
+            warm=warm,
+            versions=versions(),
+            max_steps=method.max_steps if method.trains else None,
+            has_reference=method.has_reference,
+            coefficients=[live.describe(values[live.name], method) for live in method.live],
+        )
+    )
+    if attempt > 1:
+        emit.event(Resumed(step=step, attempt=attempt, from_step=step))
+
+
+def _context(
+    spec: RunSpec,
+    method: Method,
+    place: RunDir,
+    emit: Emitter,
+    control: ControlLoop,
+    blobs: Path,
+    runs_root: Path,
+    rank: int,
+    world_size: int,
+    use_cpu: bool,
+    attempt: int,
+    resume_from: Path | None,
+) -> Context:
+    if spec.data is None:
+        raise SpecError(f"{spec.method}: no data; give data=, or prompts= for a method that samples")
+    emit.stage("reading rows")
+    return Context(
+        spec=spec,
+        method=method,
+        run_dir=place.path,
+        emit=emit,
+        control=control,
+        rows=load_rows(spec.data, blobs, method.rows),
+        model_path=models.resolver(runs_root, emit),
+        held_out=load_rows(spec.held_out, blobs, "prompts") if spec.held_out is not None else None,
+        rank=rank,
+        world_size=world_size,
+        use_cpu=use_cpu,
+        attempt=attempt,
+        resume_from=resume_from,
+        reward=_function(spec.reward),
+        gold=_function(spec.gold),
+    )
+
+
+def _function(reference: Any) -> Any:
+    from rlhf_nb.rewards.functions import from_reference
+
+    return from_reference(reference) if isinstance(reference, NamedReward | FunctionReward) else None
+
+
+def _train(context: Context, place: RunDir) -> None:
+    from transformers import set_seed
+
+    # As a plain script does it: once, before models are made. The trainers seed again by themselves.
+    set_seed(context.method.seed)
+    context.emit.stage("loading models" if context.method.trains else "measuring")
+    trainer = context.method.build_trainer(context)
+    if context.method.trains:
+        context.emit.stage("training")
+    trainer.train()
+    step = int(getattr(trainer, "step", 0)) or context.method.max_steps
+    if context.method.trains:
+        context.emit.stage("saving")
+        save(trainer, context, place, step)
+    outcome = "stopped" if context.control.stopping else "finished"
+    context.emit.event(TrainingEnded(outcome=outcome, step=step))
+
+
+def save(trainer: Any, context: Context, place: RunDir, step: int) -> None:
+    """Write `model/` whole or not at all."""
+    scratch = place.path / "model.tmp"
+    if context.is_main:
+        shutil.rmtree(scratch, ignore_errors=True)
+    distributed.barrier()
+    with storage_errors(place.model):
+        trainer.save_model(str(scratch))
+        distributed.barrier()
+        if not context.is_main:
+            return
+        if place.model.exists():
+            shutil.rmtree(place.model)
+        os.replace(scratch, place.model)
+    context.emit.event(ModelSaved(step=step, path="model", content_hash=models.content_hash(place.model)))
+
+
+def device_name(use_cpu: bool) -> str:
+    """`NVIDIA H200 139 GiB` or `CPU, 2 threads`."""
+    import torch
+
+    if use_cpu:
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' if threads != 1 else ''}"
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{properties.name} {properties.total_memory / 2**30:.0f} GiB"
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

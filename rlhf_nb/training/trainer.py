@@ -1,0 +1,72 @@
+"""A trainer of transformers or TRL, steered: our callback in it, resumable, its model saved for plain transformers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_nb.training import checkpoints
+from rlhf_nb.training.callback import Steering
+from rlhf_nb.training.control import BoundCoefficient
+
+if TYPE_CHECKING:
+    from rlhf_nb.training.context import Context
+    from rlhf_nb.training.sampling import Sampler
+
+
+class SteeredTrainer:
+    def __init__(
+        self,
+        trainer: Any,
+        context: Context,
+        *,
+        names: dict[str, str] | None = None,
+        live: list[BoundCoefficient] | None = None,
+        sampler: Callable[[Any], Sampler] | None = None,
+    ) -> None:
+        """
+        Args:
+            trainer: A transformers.Trainer with `logging_steps=1` and `save_strategy="no"`.
+            names: The trainer's metric names → ours, beyond those of every trainer.
+            live: Live coefficients beside the learning rate.
+            sampler: Given the trainer, what samples completions; None where the model writes none.
+        """
+        from transformers.trainer_callback import PrinterCallback
+
+        self.trainer, self.context = trainer, context
+        trainer.remove_callback(PrinterCallback)
+        self.callback = Steering(
+            context, trainer, names=names or {}, live=live or [], sampler=sampler(trainer) if sampler else None
+        )
+        trainer.add_callback(self.callback)
+
+    def train(self) -> None:
+        resume_from = self.context.resume_from
+        scratch = self.context.run_dir / "checkpoints" / checkpoints.SCRATCH
+        if self.context.is_main:
+            shutil.rmtree(scratch, ignore_errors=True)
+        self.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        if self.context.is_main:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    @property
+    def step(self) -> int:
+        return int(self.trainer.state.global_step)
+
+    def save_model(self, directory: str) -> None:
+        """Whole weights as safetensors with the tokenizer. An adapter is merged in, and kept beside in `adapter/`."""
+        trainer = self.trainer
+        accelerator = trainer.accelerator
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        # Gathering shards is a collective: every rank takes part, rank 0 writes.
+        weights = accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+        if not self.context.is_main:
+            return
+        model = accelerator.unwrap_model(trainer.model)
+        if self.context.spec.adapter is not None:
+            model.save_pretrained(str(Path(directory) / "adapter"), state_dict=weights)
+            model, weights = model.merge_and_unload(), None
+        model.save_pretrained(directory, state_dict=weights)
+        trainer.processing_class.save_pretrained(directory)
