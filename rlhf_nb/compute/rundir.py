@@ -3,8 +3,9 @@
     spec.json        what to compute; written once
     events.jsonl     one writer at a time: rank 0, after its death the supervisor
     control.jsonl    appended by agents, read by rank 0
+    attempt.json     which attempt this is and the checkpoint it continues from
     supervisor.json  who watches, and in which phase
-    ranks/           one file a rank: pid and creation time; the last error
+    ranks/           per rank: who it is, its last error, how it ended
     exit.json        how the attempt ended; written before the terminal event
     log.txt          stdout and stderr of every process
     checkpoints/  model/
@@ -189,7 +190,9 @@ class RunDir:
         self.events_path = self.path / "events.jsonl"
         self.control_path = self.path / "control.jsonl"
         self.exit_path = self.path / "exit.json"
+        self.attempt_path = self.path / "attempt.json"
         self.supervisor_path = self.path / "supervisor.json"
+        self.supervisor_lock = self.path / ".supervisor.lock"
         self.log_path = self.path / "log.txt"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
@@ -213,6 +216,42 @@ class RunDir:
 
     def supervisor(self) -> dict[str, Any] | None:
         return read_json(self.supervisor_path)
+
+    def attempt(self) -> dict[str, Any]:
+        """`attempt`, counted from 1, and `resume_from`: a checkpoint directory relative to the run, or None."""
+        return read_json(self.attempt_path) or {"attempt": 1, "resume_from": None}
+
+    def rank_files(self, suffix: str = "") -> dict[int, dict[str, Any]]:
+        """`ranks/<rank><suffix>.json` of this attempt, by rank. Suffixes: none (who), `.error`, `.exit`."""
+        attempt, found = self.attempt()["attempt"], {}
+        for path in self.ranks.glob(f"*{suffix}.json"):
+            stem = path.name.removesuffix(".json").removesuffix(suffix)
+            value = read_json(path) if stem.isdigit() else None
+            if value and value.get("attempt", attempt) == attempt:
+                found[int(stem)] = value
+        return found
+
+    def alive(self) -> bool:
+        """True while any process that computes this run lives: a rank, its watcher or the launcher."""
+        known = [value for rank in self.rank_files().values() for value in (rank, rank.get("watcher"))]
+        known.append((self.supervisor() or {}).get("launcher"))
+        return any(one.alive() for one in map(ProcessIdentity.from_dict, known) if one)
+
+    def supervised(self) -> bool:
+        who = ProcessIdentity.from_dict(self.supervisor())
+        return who is not None and who.alive()
+
+    def last_events(self, window: int = 1 << 18) -> list[dict[str, Any]]:
+        """The whole lines among the log's last bytes, newest last."""
+        try:
+            with open(self.events_path, "rb") as handle:
+                size = handle.seek(0, os.SEEK_END)
+                handle.seek(max(0, size - window))
+                data = handle.read()
+        except FileNotFoundError:
+            return []
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        return [json.loads(line) for line in (lines if size <= window else lines[1:]) if line.strip()]
 
     def events(self, since: int = 0) -> list[AnyEvent]:
         return [event for event in map(parse_event, LineTail(self.events_path).read_raw()) if event.seq > since]
