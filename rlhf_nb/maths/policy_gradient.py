@@ -1,0 +1,75 @@
+"""Clipped surrogate losses. Each returns the loss of every token; reduce them with a mean over the *global* batch's
+tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_nb.errors import ShapeError
+from rlhf_nb.maths.masked import check_mask, fill
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """Per-token losses, and where clipping took the gradient away. Both are zero or False outside the mask."""
+
+    loss_BT: Tensor  # noqa: N815
+    clipped_BT: Tensor  # noqa: N815
+    """(B, T) bool, within the mask: the clipped branch is the larger loss, so that this token's gradient is zero."""
+
+
+def clipped_policy_loss(
+    logprobs_BT: Tensor, behavior_logprobs_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, *, cliprange: float
+) -> Clipped:
+    """PPO's surrogate, negated: max(−ρA, −clip(ρ, 1−ε, 1+ε)·A) with ρ = exp(log π − log π_behavior).
+
+    Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+
+    Args:
+        logprobs_BT: (B, T) nats, of the policy in training; gradients flow here only.
+        behavior_logprobs_BT: (B, T) nats, of the policy that sampled, at the same temperature.
+        advantages_BT: (B, T).
+        mask_BT: (B, T) bool.
+        cliprange: ε > 0.
+
+    Raises:
+        ShapeError: The shapes differ, or the mask is not bool.
+    """
+    if not logprobs_BT.shape == behavior_logprobs_BT.shape == advantages_BT.shape:
+        raise ShapeError(
+            f"log-probabilities {tuple(logprobs_BT.shape)}, behavior {tuple(behavior_logprobs_BT.shape)} and "
+            f"advantages {tuple(advantages_BT.shape)} differ in shape"
+        )
+    behavior_BT, advantages_BT = fill(behavior_logprobs_BT, mask_BT).detach(), fill(advantages_BT, mask_BT).detach()
+    ratio_BT = torch.exp(fill(logprobs_BT, mask_BT) - behavior_BT)
+    plain_BT = -advantages_BT * ratio_BT
+    clipped_BT = -advantages_BT * ratio_BT.clamp(1 - cliprange, 1 + cliprange)
+    return Clipped(fill(torch.maximum(plain_BT, clipped_BT), mask_BT), (clipped_BT > plain_BT) & mask_BT)
+
+
+def clipped_value_loss(
+    values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, *, cliprange_value: float
+) -> Clipped:
+    """½·max((V − R)², (clip(V, V_old ± ε) − R)²).
+
+    Schulman et al.'s baselines; Huang et al. 2024, arXiv:2403.17031, and TRL 1.12 have the same ½ and the same maximum.
+
+    Args:
+        values_BT: (B, T), gradients flow here only.
+        old_values_BT: (B, T), when the rollout was made.
+        returns_BT: (B, T).
+        mask_BT: (B, T) bool.
+        cliprange_value: ε > 0, in units of reward; inf switches the clipping off.
+
+    Raises:
+        ShapeError: The shapes differ, or the mask is not bool.
+    """
+    check_mask(values_BT, mask_BT)
+    values_BT = fill(values_BT, mask_BT)
+    old_BT, returns_BT = fill(old_values_BT, mask_BT).detach(), fill(returns_BT, mask_BT).detach()
+    near_BT = torch.minimum(torch.maximum(values_BT, old_BT - cliprange_value), old_BT + cliprange_value)
+    plain_BT, clipped_BT = (values_BT - returns_BT).square(), (near_BT - returns_BT).square()
+    return Clipped(fill(torch.maximum(plain_BT, clipped_BT) / 2, mask_BT), (clipped_BT > plain_BT) & mask_BT)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from rlhf_nb.errors import ShapeError
+from rlhf_nb.maths.masked import masked_mean
+from rlhf_nb.maths.policy_gradient import clipped_policy_loss, clipped_value_loss
+
+ON = torch.ones(1, 1, dtype=torch.bool)
+
+
+def one(*values: float) -> list[torch.Tensor]:
+    return [torch.tensor([[v]], dtype=torch.float64) for v in values]
+
+
+def test_worked_example():
+    # ρ = 1.5, A = 2, ε = 0.2: −min(3, 2.4) = −2.4, clipped. ρ = 1.5, A = −2: −min(−3, −2.4) = 3, not clipped.
+    for advantage, loss, clipped in ((2, -2.4, True), (-2, 3.0, False)):
+        new, old, A = one(math.log(1.5), 0.0, advantage)
+        result = clipped_policy_loss(new, old, A, ON, cliprange=0.2)
+        assert result.loss_BT.item() == pytest.approx(loss) and result.clipped_BT.item() is clipped
+
+
+def test_gradient_at_the_behavior_policy_is_the_policy_gradient(draw, mask_BT):
+    logprobs, advantages = (-draw(5, 7).abs()).requires_grad_(), draw(5, 7)
+    clipped_policy_loss(logprobs, logprobs.detach(), advantages, mask_BT, cliprange=0.2).loss_BT.sum().backward()
+    torch.testing.assert_close(logprobs.grad, (-advantages).masked_fill(~mask_BT, 0))
+
+
+def test_expected_gradient_is_the_gradient_of_the_expected_reward():
+    """Over a three-token vocabulary, enumerated: ∇ Σ π r equals −∇ loss at the policy that sampled."""
+    logits = torch.tensor([0.2, -0.4, 0.9], dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([1.0, 0.2, -0.5], dtype=torch.float64)
+    logprobs = logits.log_softmax(-1)
+    expected = torch.autograd.grad((logprobs.exp() * rewards).sum(), logits, retain_graph=True)[0]
+    loss = sum(
+        logprobs[v].exp().detach()
+        * clipped_policy_loss(
+            logprobs[v].view(1, 1), logprobs[v].detach().view(1, 1), rewards[v].view(1, 1), ON, cliprange=0.2
+        ).loss_BT.sum()
+        for v in range(3)
+    )
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], -expected)
+
+
+def test_gradient_vanishes_exactly_where_a_token_is_counted_as_clipped(draw):
+    logprobs, behavior, advantages = draw(40, 5).requires_grad_(), draw(40, 5), draw(40, 5)
+    mask = torch.ones(40, 5, dtype=torch.bool)
+    result = clipped_policy_loss(logprobs, behavior, advantages, mask, cliprange=0.2)
+    result.loss_BT.sum().backward()
+    assert (
+        torch.equal(logprobs.grad == 0, result.clipped_BT) and result.clipped_BT.any() and not result.clipped_BT.all()
+    )
+
+
+def test_value_loss_worked_example():
+    # V = 2, V_old = 1, R = 3, ε = 0.5: V clips to 1.5; ½·max(1, 2.25) = 1.125, and the gradient is gone.
+    value, old, target = one(2.0, 1.0, 3.0)
+    value.requires_grad_()
+    result = clipped_value_loss(value, old, target, ON, cliprange_value=0.5)
+    result.loss_BT.sum().backward()
+    assert result.loss_BT.item() == 1.125 and result.clipped_BT.item() is True and value.grad.item() == 0
+
+
+def test_value_loss_without_clipping_is_half_the_squared_error(draw, mask_BT):
+    values, old, returns = draw(5, 7).requires_grad_(), draw(5, 7), draw(5, 7)
+    result = clipped_value_loss(values, old, returns, mask_BT, cliprange_value=math.inf)
+    result.loss_BT.sum().backward()
+    torch.testing.assert_close(values.grad, (values - returns).detach().masked_fill(~mask_BT, 0))
+    assert not result.clipped_BT.any()
+
+
+def test_padding_contents_never_change_losses_gradients_or_clip_fractions(draw, mask_BT):
+    tensors = [draw(5, 7) for _ in range(3)]
+    bad = [t.masked_fill(~mask_BT, float("nan")) for t in tensors]
+    for loss, kwargs in ((clipped_policy_loss, {"cliprange": 0.2}), (clipped_value_loss, {"cliprange_value": 0.2})):
+        grads, results = [], []
+        for first, *rest in (tensors, bad):
+            leaf = first.clone().requires_grad_()
+            result = loss(leaf, *rest, mask_BT, **kwargs)
+            masked_mean(result.loss_BT, mask_BT).backward()
+            grads.append(leaf.grad)
+            results.append(result)
+        assert torch.equal(results[0].loss_BT, results[1].loss_BT) and torch.equal(*grads)
+        assert torch.equal(results[0].clipped_BT, results[1].clipped_BT) and not results[1].clipped_BT[~mask_BT].any()
+
+
+def test_a_row_at_a_time_sums_to_the_whole_batch(draw, mask_BT):
+    new, old, advantages = draw(5, 7), draw(5, 7), draw(5, 7)
+    whole = clipped_policy_loss(new, old, advantages, mask_BT, cliprange=0.2).loss_BT.sum()
+    rows = sum(
+        clipped_policy_loss(new[[i]], old[[i]], advantages[[i]], mask_BT[[i]], cliprange=0.2).loss_BT.sum()
+        for i in range(5)
+    )
+    torch.testing.assert_close(whole, rows)
+
+
+def test_matches_trl(trl_ppo, draw, mask_BT):
+    new, old, advantages, values, old_values, returns = (draw(5, 7) for _ in range(6))
+    args = type("Args", (), {"cliprange": 0.2, "cliprange_value": 0.3, "vf_coef": 0.1})
+    micro_batch_inds = torch.arange(5)
+    common = {
+        "args": args, "micro_batch_inds": micro_batch_inds, "padding_mask": ~mask_BT, "padding_mask_p1": ~mask_BT,
+        "vpred": values, "mb_values": old_values, "mb_return": returns, "new_logprobs": new, "mb_logprobs": old,
+        "mb_advantage": advantages,
+    }  # fmt: skip
+    scope = trl_ppo.run("vpredclipped = torch.clamp", "loss = pg_loss", **common)
+    policy = clipped_policy_loss(new, old, advantages, mask_BT, cliprange=0.2)
+    value = clipped_value_loss(values, old_values, returns, mask_BT, cliprange_value=0.3)
+    torch.testing.assert_close(masked_mean(policy.loss_BT, mask_BT), scope["pg_loss"])
+    torch.testing.assert_close(masked_mean(value.loss_BT, mask_BT), scope["vf_loss"])
+    torch.testing.assert_close(masked_mean(value.clipped_BT.double(), mask_BT), scope["vf_clipfrac"].double())
+    theirs = masked_mean((scope["pg_losses2"] > scope["pg_losses"]).double(), mask_BT)
+    torch.testing.assert_close(masked_mean(policy.clipped_BT.double(), mask_BT), theirs)
+
+
+def test_shapes_that_differ_are_refused():
+    for shapes in itertools.permutations([(2, 3), (2, 3), (3, 2)]):
+        with pytest.raises(ShapeError):
+            clipped_policy_loss(*(torch.zeros(s) for s in shapes), torch.ones(2, 3, dtype=torch.bool), cliprange=0.2)
