@@ -14,7 +14,8 @@ from rlhf_nb.protocol.events import SampleItem, State
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # What the kernel sends is complete, so a view need not know the defaults.
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
 
 # -- the panel, kernel to view -----------------------------------------------------------------------------------------
@@ -112,8 +113,11 @@ class Figure(Message):
 
     id: str
     metric: str = ""
+    label: str = ""
     glossary: str = ""
     unit: str = ""
+    series: dict[str, list[str]] = {}
+    """For a figure of several metrics: the part each plays, and its candidates, best first."""
     item: dict[str, Any]
 
 

@@ -1,0 +1,264 @@
+"""The live panel of a run: traits and message handlers; what it knows is in `follow.py`, what it draws in `figures.py`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import anywidget
+import traitlets
+from pydantic import ValidationError
+
+from rlhf_nb.errors import RlhfError
+from rlhf_nb.protocol import widget as messages
+from rlhf_nb.protocol.events import TERMINAL, AnyEvent
+from rlhf_nb.ui import assets, figures
+from rlhf_nb.ui.follow import Follower, set_cell
+from rlhf_nb.ui.frames import frames
+
+BATCH_S = 0.05
+"""At most 20 sends a second, however many events arrive."""
+QUIET_S = 3.0
+"""After so long without events the run is asked directly: a subscription dies with its agent, in silence."""
+UNASKED_S = 1.0
+"""A page that asked for the state and said no hello after so long cannot reach the kernel: it gets everything unasked."""
+GONE_S = 30.0
+"""A page is no longer counted when another was heard this much later."""
+
+
+class Panel(anywidget.AnyWidget):
+    """Header, tether, curves, samples, log and sliders of one run.
+
+    Args:
+        run: a `Run`, or anything with its `id`, `subscribe`, `events` and, to steer, `set`, `pause` … `log_tail`.
+        store: the workspace's store, where labels given in the panel are kept. None: no labelling.
+    """
+
+    run_id = traitlets.Unicode().tag(sync=True)
+
+    def __init__(self, run: Any, store: Any = None, **options: Any) -> None:
+        self._run, self._store = run, store
+        spec = getattr(run, "spec", None)
+        self._follower = Follower(run.id, title=getattr(spec, "title", ""), method=getattr(spec, "method", ""))
+        self._sending = threading.RLock()
+        self._wake, self._closed = threading.Event(), threading.Event()
+        self._commands = ThreadPoolExecutor(1, thread_name_prefix=f"panel-{run.id}-ask")
+        self._figures: dict[str, messages.Figure] = {}
+        self._sent_rows, self._sent_generation = 0, 0
+        self._pages: dict[str, float] = {}
+        self._last_status: dict[str, Any] = {}
+        self._last_controls: messages.Controls | None = None
+        self._samples_sent = 0
+        self._unasked_at: float | None = None
+        self._heard_at = 0.0
+        self._asked_at = time.monotonic()
+        self._run_state = "waiting"
+        self._trouble = ""
+        self._esm, self._css = assets.bundle("panel.js"), assets.bundle("panel.css")
+        super().__init__(run_id=run.id, **options)
+        self.on_msg(self._on_message)
+        self._subscription = run.subscribe(self._on_events, since=0)
+        self._sender = threading.Thread(target=self._send_loop, name=f"panel-{run.id}", daemon=True)
+        self._sender.start()
+
+    def close(self) -> None:
+        """End the panel's threads and its views. The run goes on."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._wake.set()
+            self._subscription.close()
+            self._commands.shutdown(wait=False)
+        super().close()
+
+    # -- from the run --------------------------------------------------------------------------------------------------
+
+    def _on_events(self, events: list[AnyEvent]) -> None:
+        self._heard_at = time.monotonic()
+        self._trouble = ""
+        if self._follower.take(events):
+            self._wake.set()
+
+    def _send_loop(self) -> None:
+        while not self._closed.is_set():
+            self._wake.wait(0.5)
+            self._wake.clear()
+            if self._closed.is_set():
+                return
+            self._ask_the_run()
+            try:
+                self._flush()
+            except Exception as error:  # noqa: BLE001 - one message that cannot be sent must not end the stream
+                self.log.warning("panel of %s: %s", self._run.id, error)
+            self._closed.wait(BATCH_S)
+
+    def _ask_the_run(self) -> None:
+        """Where events do not come: the state before the first one, and a run whose agent was replaced."""
+        now = time.monotonic()
+        state = self._follower.fold.state
+        patience = 0.5 if state == "waiting" else QUIET_S
+        if state in TERMINAL or now - max(self._heard_at, self._asked_at) < patience:
+            return
+        self._asked_at = now
+        try:
+            if state == "waiting":
+                self._run_state = getattr(self._run, "state", "waiting")
+            self._follower.take(self._run.events(since=self._follower.fold.last_seq))
+            self._trouble = ""
+        except Exception as error:  # noqa: BLE001 - whatever it is, the header says it
+            self._trouble = f"cannot reach the run: {error}"
+
+    # -- to the views --------------------------------------------------------------------------------------------------
+
+    def _say(self, message: messages.Message, *buffers: bytes) -> None:
+        self.send(message.model_dump(mode="json"), list(buffers))
+
+    def _flush(self) -> None:
+        """Send what changed since the last time."""
+        with self._sending:
+            if self._unasked_at is not None and time.monotonic() >= self._unasked_at:
+                self._unasked_at = None
+                self._send_asset()
+                self._snapshot(0)
+                return
+            if not self._pages:
+                # No page holds the panel yet; its hello will ask.
+                return
+            self._send_status()
+            self._send_controls()
+            if self._follower.fold.generation != self._sent_generation:
+                self._sent_rows = 0
+            self._sent_generation, self._sent_rows = self._send_rows(self._sent_rows)
+            newest = self._follower.newest_samples()
+            if newest is not None and newest.seq > self._samples_sent:
+                self._samples_sent = newest.seq
+                self._say(messages.ShownSamples(step=newest.step, items=newest.items))
+
+    def _snapshot(self, have: int, *, known_figures: int = 0) -> None:
+        """Everything a page lacks that has `have` rows of this generation."""
+        with self._sending:
+            self._send_status(always=True)
+            self._send_controls(always=True)
+            self._draw_figures()
+            if known_figures < len(self._figures):
+                self._say(messages.Figures(figures=list(self._figures.values())))
+            self._send_rows(have)
+            newest = self._follower.newest_samples()
+            if newest is not None:
+                self._say(messages.ShownSamples(step=newest.step, items=newest.items))
+
+    def _send_status(self, *, always: bool = False) -> None:
+        status = self._follower.status(self._run_state, watching=self._watching(), trouble=self._trouble)
+        content = status.model_dump(mode="json")
+        # The clocks alone are no news: a paused run sends nothing.
+        news = {key: value for key, value in content.items() if key not in ("now", "seconds")}
+        if always or news != self._last_status:
+            self._last_status = news
+            self.send(content)
+
+    def _send_controls(self, *, always: bool = False) -> None:
+        controls = self._follower.controls()
+        controls.can_label = controls.can_label and self._store is not None
+        if always or controls != self._last_controls:
+            self._last_controls = controls
+            self._say(controls)
+
+    def _draw_figures(self) -> bool:
+        """Draw the figure of every metric that has none; True where there was one."""
+        started = self._follower.fold.started
+        before = len(self._figures)
+        if started is not None and started.has_reference and figures.TETHER not in self._figures:
+            self._figures[figures.TETHER] = figures.tether()
+        for metric in sorted(self._follower.metrics, key=figures.order):
+            if metric not in self._figures:
+                self._figures[metric] = figures.curve(metric)
+        return len(self._figures) > before
+
+    def _send_rows(self, first: int) -> tuple[int, int]:
+        generation, rows, metrics = self._follower.rows(first)
+        if rows and self._draw_figures():
+            self._say(messages.Figures(figures=list(self._figures.values())))
+        for frame, buffer in frames(rows, metrics, first=first, generation=generation):
+            self._say(frame, buffer)
+        return generation, first + len(rows)
+
+    def _send_asset(self) -> None:
+        version, script = assets.bokeh_script()
+        self._say(messages.Asset(name="bokeh", version=version), script)
+
+    def _watching(self) -> int:
+        latest = max(self._pages.values(), default=0.0)
+        return sum(latest - heard < GONE_S for heard in self._pages.values())
+
+    def send_state(self, key: Any = None) -> None:
+        """The traits; and, where a page asked for all of them, the rows a little later unless it says hello."""
+        super().send_state(key)
+        if key is None:
+            self._unasked_at = time.monotonic() + UNASKED_S
+            self._wake.set()
+
+    # -- from the views ------------------------------------------------------------------------------------------------
+
+    def _on_message(self, _: Any, content: dict[str, Any], buffers: list[bytes]) -> None:
+        try:
+            message = messages.parse_view_message(content)
+        except ValidationError as error:
+            self._say(messages.Said(level="error", text=f"the view said something unknown: {error.errors()[0]['msg']}"))
+            return
+        match message:
+            case messages.Hello():
+                self._pages[message.page] = time.monotonic()
+                self._unasked_at = None
+                fresh = message.generation == self._follower.fold.generation
+                self._snapshot(message.have if fresh else 0, known_figures=message.figures)
+            case messages.Alive():
+                self._pages[message.page] = time.monotonic()
+            case messages.Bye():
+                self._pages.pop(message.page, None)
+            case messages.WantAsset():
+                self._send_asset()
+            case messages.WantSamples():
+                samples = self._follower.newest_samples(message.step)
+                if samples is not None:
+                    self._say(messages.ShownSamples(step=samples.step, items=samples.items))
+            case messages.WantLog():
+                self._later(self._send_log, message.lines)
+            case messages.SetAsked():
+                self._later(self._set, message)
+            case messages.Command():
+                self._later(self._command, message.op)
+
+    def _later(self, function: Any, *arguments: Any) -> None:
+        """Asking the run may wait for the network: it happens in order, off the kernel's thread."""
+
+        def guarded() -> None:
+            try:
+                function(*arguments)
+            except RlhfError as error:
+                self._say(messages.Said(level="error", text=str(error)))
+            except Exception as error:  # noqa: BLE001 - a person pressed something and must hear why nothing happened
+                self._say(messages.Said(level="error", text=f"{type(error).__name__}: {error}"))
+            self._wake.set()
+
+        self._commands.submit(guarded)
+
+    def _set(self, message: messages.SetAsked) -> None:
+        try:
+            pending = self._run.set(message.name, message.value, why=message.why)
+        except Exception:
+            # The handle goes back to the value in effect.
+            with self._sending:
+                self._send_controls(always=True)
+            raise
+        self._follower.ask(message.name, pending.id, message.value)
+        cell = set_cell(self._run.id, message.name, message.value)
+        self._say(messages.Said(text=f"asked: {message.name} = {message.value:.4g}", cell=cell))
+
+    def _command(self, op: str) -> None:
+        getattr(self._run, op)()
+        words = {"pause": "pause", "resume": "resume", "stop": "stop", "checkpoint": "checkpoint"}[op]
+        self._say(messages.Said(text=f"asked: {words}", cell=f"%rlhf {op} {self._run.id}"))
+
+    def _send_log(self, lines: int) -> None:
+        self._say(messages.LogLines(lines=self._run.log_tail(lines)))
