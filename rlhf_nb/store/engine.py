@@ -48,7 +48,7 @@ def locate(target: str | Path) -> Place:
         return _file_place(Path(target).expanduser().absolute() / DATABASE_FILE)
     try:
         url = make_url(target)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):
         raise SpecError(
             f"workspace {target.split('://')[0]}://...: not a database URL; write postgresql://USER@HOST/DATABASE"
         ) from None

@@ -140,17 +140,18 @@ class Runs(Database):
         """
         events = list(events)  # a slow source must not hold the write lock
         batch, new, last = [], 0, -1
-        insert = self._insert(run_events).on_conflict_do_nothing()
+        # Drivers do not agree on the row count of many inserts; what comes back is what was new.
+        insert = self._insert(run_events).on_conflict_do_nothing().returning(run_events.c.seq)
         with self._write() as connection:
             for event in events:
                 event = event if isinstance(event, Mapping) else event.model_dump(mode="json")
                 last = max(last, event["seq"])
                 batch.append({"run_id": run_id, "seq": event["seq"], "event": dict(event)})
                 if len(batch) == _BATCH:
-                    new += connection.execute(insert, batch).rowcount
+                    new += len(connection.execute(insert, batch).all())
                     batch = []
             if batch:
-                new += connection.execute(insert, batch).rowcount
+                new += len(connection.execute(insert, batch).all())
             if new:
                 connection.execute(
                     runs.update().where(runs.c.run_id == run_id, runs.c.last_seq < last).values(last_seq=last)
