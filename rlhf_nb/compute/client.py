@@ -33,7 +33,7 @@ _WIRE = 1
 Callback = Callable[[list[AnyEvent]], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttachInfo:
     """What is attached, as it is said in one line."""
 
@@ -55,7 +55,9 @@ class AttachInfo:
 
     def line(self) -> str:
         """`attached local · CPU, 2 threads · torch 2.13 trl 1.16 · standby ready in 5.1 s`"""
-        packages = " ".join(f"{name} {_short(self.versions[name])}" for name in ("torch", "trl") if name in self.versions)
+        packages = " ".join(
+            f"{name} {_short(self.versions[name])}" for name in ("torch", "trl") if name in self.versions
+        )
         match self.standby:
             case "ready":
                 standby = f"standby ready in {self.standby_seconds:.1f} s"
@@ -68,8 +70,7 @@ class AttachInfo:
             parts.insert(2, f"launch {' '.join(self.launch)}")
         return " · ".join(parts)
 
-    def __str__(self) -> str:
-        return self.line()
+    __repr__ = __str__ = line
 
 
 def _short(number: str) -> str:
@@ -284,7 +285,10 @@ class Client:
         elif "standby" in data and self.info is not None:
             said = data["standby"]
             self.info = replace(
-                self.info, standby=said["state"], standby_seconds=said.get("seconds"), standby_reason=said.get("reason", "")
+                self.info,
+                standby=said["state"],
+                standby_seconds=said.get("seconds"),
+                standby_reason=said.get("reason", ""),
             )
             for listener in list(self._listeners):
                 listener(self.info)
@@ -332,13 +336,17 @@ class Client:
             if self._lost is not None:
                 raise ComputeError(f"{self._lost}; %rlhf attach starts another, and runs go on")
             self._answers[asked] = future
-        self._send_comm("comm_msg", {"id": asked, "op": op, **arguments}, buffers=None if content is None else [content])
+        self._send_comm(
+            "comm_msg", {"id": asked, "op": op, **arguments}, buffers=None if content is None else [content]
+        )
         try:
             return future.result(timeout)
         except FutureTimeoutError:
             with self._lock:
                 self._answers.pop(asked, None)
-            raise ComputeError(f"{op}: no answer from {self.launcher.name} after {timeout:g} s; is its kernel busy?") from None
+            raise ComputeError(
+                f"{op}: no answer from {self.launcher.name} after {timeout:g} s; is its kernel busy?"
+            ) from None
 
     def _send_comm(self, kind: str, data: dict[str, Any], *, buffers: list[bytes] | None = None, **more: Any) -> None:
         content = {"comm_id": self._comm, "data": data, **more}
@@ -459,5 +467,3 @@ def _as_error(name: str, message: str) -> RlhfError:
     if isinstance(found, type) and issubclass(found, RlhfError):
         return found(message)
     return ComputeError(f"the attached compute: {name}: {message.splitlines()[0] if message else ''}")
-
-

@@ -43,7 +43,7 @@ def candidates(before: list[str]) -> list[str]:
         return ["lora"]
     if last == "--kind":
         return sorted(set(NAMED_DATA.values()))
-    if verb in parser.training_verbs():
+    if parser.is_training(verb):
         knobs = [f"{name}=" for name in registry.methods.get(verb).model_fields] if "--set" in before else []
         return [*words.flags(), *knobs]
     if verb == "attach" and len(before) == 1:

@@ -58,7 +58,7 @@ def call(verb: str, args: argparse.Namespace) -> Any:
 
         return quickstart(args.directory)
     ws = workspaces.current()
-    if verb in parser.training_verbs():
+    if parser.is_training(verb):
         return _train(ws, verb, vars(args), parser.assignments(args.set, verb))
     return _CALLS[verb](ws, args)
 
@@ -233,7 +233,7 @@ def _cell(words: list[str], cell: str) -> Any:
             raise SpecError("reward-function: give one name, letters and dashes: %%rlhf reward-function NAME")
         ws.reward_function(rest[0], cell)
         return Lines([f'reward "{rest[0]}" kept; use it with --reward {rest[0]}'])
-    if verb not in parser.training_verbs():
+    if not parser.is_training(verb):
         parser.parser(verb)
         raise SpecError(f"{verb} takes no cell; write %rlhf {verb} ... on one line")
     try:

@@ -148,8 +148,12 @@ _VERBS: dict[str, Callable[[], Words]] = {
 CELL_VERBS = ("reward-function",)
 
 
+def is_training(verb: str) -> bool:
+    return verb in registry.methods and registry.methods.get(verb).trains
+
+
 def training_verbs() -> list[str]:
-    return [name for name in registry.methods.names() if registry.methods.get(name).trains]
+    return [name for name in registry.methods.names() if is_training(name)]
 
 
 def verbs() -> list[str]:
@@ -164,7 +168,7 @@ def parser(verb: str) -> Words:
     """
     if verb in _VERBS:
         return _VERBS[verb]()
-    if verb in training_verbs():
+    if is_training(verb):
         return _train(verb)()
     known = [*verbs(), *CELL_VERBS]
     raise SpecError(f'"{verb}" is no verb of %rlhf{did_you_mean(verb, known)}  verbs: {", ".join(known)}')

@@ -224,6 +224,11 @@ class Page:
         assert not self.left_the_machine, self.left_the_machine
 
 
+@pytest.fixture(name="wait_for", scope="session")
+def _wait_for() -> Callable[..., Any]:
+    return wait_for
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
