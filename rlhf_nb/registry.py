@@ -51,6 +51,7 @@ methods = Registry(
         "reward": "rlhf_nb.methods.reward_model:RewardModel",
         "dpo": "rlhf_nb.methods.dpo:DPO",
         "ppo": "rlhf_nb.methods.ppo:PPO",
+        "evaluate": "rlhf_nb.evaluation.accuracy:Evaluate",
     },
 )
 """Training methods: `rl.SFT`, `%rlhf sft` and the form in the panel are the same class."""

@@ -67,5 +67,5 @@ class SFT(GradientMethod):
             peft_config=lora_config(context, "CAUSAL_LM"),
         )
         if not self.packing:
-            data.say_what_fits(context, trainer.train_dataset, ("input_ids",), max_length)
+            data.say_what_fits(context, trainer.train_dataset, (("input_ids",),), max_length, already_cut=True)
         return SteeredTrainer(trainer, context, sampler=lambda built: Sampler.of(context, built, policy))

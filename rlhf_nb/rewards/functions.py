@@ -79,7 +79,9 @@ def finite(returned: Any, n: int, name: str) -> list[float]:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise RewardError(f"reward {name}: completion {index} got {value!r}; every completion needs one finite number")
+            raise RewardError(
+                f"reward {name}: completion {index} got {value!r}; every completion needs one finite number"
+            )
         scores.append(number)
     return scores
 

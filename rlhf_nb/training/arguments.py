@@ -29,7 +29,7 @@ def training_arguments(context: Context) -> dict[str, Any]:
         "weight_decay": method.weight_decay,
         "max_grad_norm": method.max_grad_norm,
         "optim": _OPTIMIZERS[method.optimizer],
-        "gradient_checkpointing": method.gradient_checkpointing,
+        "activation_checkpointing": method.gradient_checkpointing,
         "bf16": method.precision == "bf16",
         "logging_steps": 1,
         # The filter would put the running mean in place of a loss that is NaN; a person should see the NaN.

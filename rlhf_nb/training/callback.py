@@ -8,7 +8,7 @@ A checkpoint taken after a batch was drawn would resume with another random stat
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +38,17 @@ NAMES = {
 
 class Steering(TrainerCallback):
     def __init__(
-        self, context: Context, trainer: Any, *, names: dict[str, str], live: list[BoundCoefficient], sampler: Sampler | None
+        self,
+        context: Context,
+        trainer: Any,
+        *,
+        names: dict[str, str],
+        live: list[BoundCoefficient],
+        derive: Callable[[dict[str, float]], dict[str, float]],
+        sampler: Sampler | None,
     ) -> None:
         self.context, self.trainer, self.sampler = context, trainer, sampler
-        self.names, self.live = {**NAMES, **names}, live
+        self.names, self.live, self.derive = {**NAMES, **names}, live, derive
         self._tokens = 0.0
         self._hooks_s = 0.0
         self._aside_s = 0.0
@@ -64,10 +71,13 @@ class Steering(TrainerCallback):
             return
         now = time.perf_counter()
         with self._hook():
-            values = {self.names.get(name, name): value for name, value in logs.items() if isinstance(value, int | float)}
+            values = {
+                self.names.get(name, name): value for name, value in logs.items() if isinstance(value, int | float)
+            }
             if "num_tokens" in values:
                 total = values.pop("num_tokens")
                 values["data/tokens"], self._tokens = total - self._tokens, total
+            values.update(self.derive(values))
             values["time/step_s"] = max(0.0, now - self._step_began - self._aside_s)
             values["time/hooks_s"], self._hooks_s = self._hooks_s, 0.0
             self._step_began, self._aside_s = now, 0.0

@@ -11,8 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from rlhf_nb.protocol.control import AnyControl, Pause, Resume, Sample, SaveCheckpoint, SetCoefficient, Stop, parse_control
-from rlhf_nb.protocol.events import Coefficient, CoefficientChanged, ControlAcknowledged, ControlRefused, Paused, Resumed
+from rlhf_nb.protocol.control import (
+    AnyControl,
+    Pause,
+    Resume,
+    Sample,
+    SaveCheckpoint,
+    SetCoefficient,
+    Stop,
+    parse_control,
+)
+from rlhf_nb.protocol.events import (
+    Coefficient,
+    CoefficientChanged,
+    ControlAcknowledged,
+    ControlRefused,
+    Paused,
+    Resumed,
+)
 
 if TYPE_CHECKING:
     from rlhf_nb.compute.rundir import LineTail

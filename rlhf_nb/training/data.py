@@ -35,9 +35,13 @@ def load_rows(reference: DataRef, blobs: Path, kind: str) -> list[Row]:
             try:
                 data = path.read_bytes()
             except FileNotFoundError:
-                raise DataError(f'data "{name}": its rows did not arrive at {path}; start the run again to send them') from None
+                raise DataError(
+                    f'data "{name}": its rows did not arrive at {path}; start the run again to send them'
+                ) from None
             if hashlib.sha256(data).hexdigest() != content_hash:
-                raise DataError(f'data "{name}": {path.name} is damaged (its hash differs); delete it and start the run again')
+                raise DataError(
+                    f'data "{name}": {path.name} is damaged (its hash differs); delete it and start the run again'
+                )
             rows = decode_rows(data)
         case _:
             raise TypeError(f"{reference!r} is no data reference")
@@ -85,29 +89,35 @@ def prompt_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
     shaped = as_messages(prompt, tokenizer)
     if isinstance(shaped, str):
         return list(tokenizer(shaped)["input_ids"])
-    return list(tokenizer.apply_chat_template(shaped, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+    return list(
+        tokenizer.apply_chat_template(shaped, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    )
 
 
 def conversation_ids(prompt: Prompt, completion: str, tokenizer: Any) -> list[int]:
     """Tokens of a prompt and its completion together, ended as in training."""
     shaped = as_messages(prompt, tokenizer)
     if isinstance(shaped, str):
-        text = shaped + completion
-        return list(tokenizer(text if text.endswith(tokenizer.eos_token or "\0") else text + (tokenizer.eos_token or ""))["input_ids"])
+        text, end = shaped + completion, tokenizer.eos_token or ""
+        return list(tokenizer(text if text.endswith(end) else text + end)["input_ids"])
     messages = [*shaped, {"role": "assistant", "content": completion}]
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
 
 
-def say_what_fits(context: Context, dataset: Any, columns: tuple[str, ...], max_length: int) -> None:
+def say_what_fits(
+    context: Context, dataset: Any, sides: tuple[tuple[str, ...], ...], max_length: int, *, already_cut: bool = False
+) -> None:
     """Say how many rows were dropped or cut because of `max_length`.
 
     Args:
         dataset: The trainer's own, after tokenizing and dropping.
-        columns: Token columns whose lengths make up a row's.
+        sides: For each sequence of a row, the token columns that make it up.
+        already_cut: The trainer has cut them, so that the longest are `max_length` long.
 
     Raises:
         DataError: No row is left.
     """
+    import numpy as np
     import pyarrow.compute as pc
 
     rows, kept = len(context.rows), len(dataset)
@@ -124,12 +134,16 @@ def say_what_fits(context: Context, dataset: Any, columns: tuple[str, ...], max_
             "warning",
         )
     table = dataset.with_format("arrow")[:]
-    lengths = sum((pc.list_value_length(table[column]).to_numpy() for column in columns[1:]), pc.list_value_length(table[columns[0]]).to_numpy())
-    if cut := int((lengths > max_length).sum()):
+    lengths = np.max(
+        [sum(pc.list_value_length(table[column]).to_numpy() for column in columns) for columns in sides], axis=0
+    )
+    if cut := int((lengths >= max_length + (not already_cut)).sum()):
         context.emit.notice(
-            "rows_cut", f"{cut} of {rows} {what} are longer than max_length={max_length} tokens; their ends are cut", "warning"
+            "rows_cut", f"{cut} of {rows} {what} reach max_length={max_length} tokens; what is beyond is cut", "warning"
         )
     if kept < context.method.batch_size:
         context.emit.notice(
-            "few_rows", f"{kept} {what} for batch_size={context.method.batch_size}: a step sees every row at once", "warning"
+            "few_rows",
+            f"{kept} of {what} for batch_size={context.method.batch_size}: every step sees the same rows",
+            "warning",
         )

@@ -120,7 +120,15 @@ def _values_at(method: Method, before: RunFold, step: int) -> dict[str, float]:
 
 
 def _announce(
-    emit: Emitter, method: Method, before: RunFold, step: int, *, attempt: int, warm: bool, world_size: int, use_cpu: bool
+    emit: Emitter,
+    method: Method,
+    before: RunFold,
+    step: int,
+    *,
+    attempt: int,
+    warm: bool,
+    world_size: int,
+    use_cpu: bool,
 ) -> None:
     values = _values_at(method, before, step)
     emit.event(
@@ -192,7 +200,7 @@ def _train(context: Context, place: RunDir) -> None:
     if context.method.trains:
         context.emit.stage("training")
     trainer.train()
-    step = int(getattr(trainer, "step", 0)) or context.method.max_steps
+    step = int(getattr(trainer, "step", context.method.max_steps))
     if context.method.trains:
         context.emit.stage("saving")
         save(trainer, context, place, step)

@@ -44,7 +44,9 @@ def resolver(runs_root: Path, emit: Emitter) -> Callable[[ModelRef], str]:
                 return str(toy_sft(emit))
             case NamedModel(name=name):
                 known = ["toy", "toy-sft"]
-                raise NotFoundError(f'model "{name}" does not exist{did_you_mean(name, known)}  known: {", ".join(known)}')
+                raise NotFoundError(
+                    f'model "{name}" does not exist{did_you_mean(name, known)}  known: {", ".join(known)}'
+                )
             case RunModel(run_id=run_id):
                 return _existing(runs_root / run_id / "model", f"run {run_id}")
             case PathModel(path=path):
@@ -118,7 +120,9 @@ def _merge(base: Path, adapter: Path, target: Path) -> None:
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (RuntimeError, ValueError, KeyError) as error:
         # torch lists every mismatched tensor on its own line; the first says enough.
-        first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error).splitlines()[0])
+        first = next(
+            (line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error).splitlines()[0]
+        )
         raise SpecError(
             f'adapter "{adapter.name}" does not fit its base "{base.name}" ({first[:160]}); it was trained on another base'
         ) from None
@@ -174,14 +178,29 @@ def toy_sft(emit: Emitter) -> Path:
         if scratch is not None:
             emit.stage("training toy-sft once, it is kept for later runs")
             # A process of its own: this one may be a rank of a world, and its random state belongs to its own run.
-            ours = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_")
+            ours = (
+                "RANK",
+                "WORLD_SIZE",
+                "LOCAL_",
+                "MASTER_",
+                "ACCELERATE_",
+                "TORCHELASTIC_",
+                "GROUP_",
+                "ROLE_",
+                "OMP_",
+            )
             env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
             done = subprocess.run(
-                [sys.executable, "-m", "rlhf_nb.training.toy_sft", str(scratch)], env=env, capture_output=True, text=True
+                [sys.executable, "-m", "rlhf_nb.training.toy_sft", str(scratch)],
+                env=env,
+                capture_output=True,
+                text=True,
             )
             if done.returncode:
                 lines = [line for line in done.stderr.splitlines() if line.strip()]
-                raise ComputeError(f"toy-sft could not be trained (exit {done.returncode}): {(lines or ['no output'])[-1]}")
+                raise ComputeError(
+                    f"toy-sft could not be trained (exit {done.returncode}): {(lines or ['no output'])[-1]}"
+                )
     return target
 
 
@@ -217,7 +236,8 @@ def load_tokenizer(path: str, emit: Emitter | None = None) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
         if emit is not None:
             emit.notice(
-                "pad_is_eos", f"tokenizer of {Path(path).name} has no pad token; its end token {tokenizer.eos_token} pads"
+                "pad_is_eos",
+                f"tokenizer of {Path(path).name} has no pad token; its end token {tokenizer.eos_token} pads",
             )
     return tokenizer
 
@@ -236,7 +256,9 @@ def max_length(path: str, wanted: int, emit: Emitter) -> int:
     there_is = context_length(path)
     if there_is is None or wanted <= there_is:
         return wanted
-    emit.notice("context", f"max_length={wanted} is more than the model's context of {there_is} tokens; {there_is} is used")
+    emit.notice(
+        "context", f"max_length={wanted} is more than the model's context of {there_is} tokens; {there_is} is used"
+    )
     return there_is
 
 
@@ -250,5 +272,3 @@ def content_hash(directory: Path) -> str:
                 while block := handle.read(1 << 22):
                     digest.update(block)
     return digest.hexdigest()
-
-

@@ -60,6 +60,8 @@ class Sampler:
     def of(cls, context: Context, trainer: Any, base: str) -> Sampler:
         """For a causal model in one of transformers' trainers, trained from the directory `base`."""
         method = context.method
+        from rlhf_nb.rewards.resolve import scorer
+
         rows = context.held_out or context.rows
         prompts = [prompt for _, prompt in zip(range(PROMPTS), iter_prompts(rows), strict=False)]
         return cls(
@@ -69,8 +71,8 @@ class Sampler:
             max_new_tokens=method.sample_tokens,
             max_length=models.context_length(base) or method.max_length,
             reference=_reference(trainer, base),
-            score=context.reward,
-            gold=context.gold,
+            score=scorer(context, "reward", device=trainer.accelerator.device) if context.is_main else None,
+            gold=scorer(context, "gold", device=trainer.accelerator.device) if context.is_main else None,
         )
 
     def items(self, prompts: list[Prompt], seed: int) -> list[SampleItem]:
@@ -149,10 +151,14 @@ class Sampler:
             self.policy.disable_adapter_layers()
 
     def _scores(
-        self, f: Callable[..., list[float]] | None, prompts: list[Prompt], now: list[Completion], before: list[Completion | None]
+        self,
+        f: Callable[..., list[float]] | None,
+        prompts: list[Prompt],
+        now: list[Completion],
+        before: list[Completion | None],
     ) -> tuple[list[float | None], list[float | None]]:
         nothing: list[float | None] = [None] * len(prompts)
-        if f is None:
+        if f is None or not prompts:
             return nothing, nothing
         scores: list[float | None] = list(f(prompts, [completion.text for completion in now]))
         if any(said is None for said in before):
@@ -193,7 +199,14 @@ def _reference(trainer: Any, base: str) -> Callable[[], AbstractContextManager[A
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: list[Prompt], *, max_new_tokens: int, max_length: int, seed: int, temperature: float = 1.0
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    *,
+    max_new_tokens: int,
+    max_length: int,
+    seed: int,
+    temperature: float = 1.0,
 ) -> list[Completion]:
     """Sample one completion a prompt. Call it inside `undisturbed`: it seeds torch and switches to eval mode."""
     import torch
@@ -235,19 +248,20 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def sequence_logprobs(model: Any, prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
-    """log p(completion | prompt), nats, summed over its tokens."""
+    """log p(completion | prompt), nats, summed over its tokens. Call it inside `undisturbed`: it switches to eval mode."""
     import torch
+
+    from rlhf_nb.maths.logprobs import position_ids, predicting_slice, token_logprobs
 
     device = next(model.parameters()).device
     model.eval()
-    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    width = max(map(len, rows))
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    counts = torch.zeros_like(mask, dtype=torch.bool)
-    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        counts[i, len(prompt) : len(row)] = True
+    P, T = max(map(len, prompts)), max(map(len, completions))
+    pairs = list(zip(prompts, completions, strict=True))
+    input_ids = torch.tensor([[0] * (P - len(p)) + p + c + [0] * (T - len(c)) for p, c in pairs], device=device)
+    mask = torch.tensor(
+        [[0] * (P - len(p)) + [1] * (len(p) + len(c)) + [0] * (T - len(c)) for p, c in pairs], device=device
+    )
     with torch.no_grad():
-        logits = model(input_ids=input_ids, attention_mask=mask).logits[:, :-1].float()
-        logprobs = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-    return logprobs.masked_fill(~counts[:, 1:], 0.0).sum(1).tolist()
+        logits = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids(mask)).logits
+        logprobs_BT = token_logprobs(logits[:, predicting_slice(P, P + T)].float(), input_ids[:, P:])
+    return logprobs_BT.masked_fill(mask[:, P:] == 0, 0.0).sum(1).tolist()

@@ -45,9 +45,7 @@ def main(target: Path) -> None:
                 created=time.time(),
             )
         )
-        job.run(
-            place.path, blobs=root, runs_root=root, rank=0, world_size=1, warm=False, attempt=1, resume_from=None
-        )
+        job.run(place.path, blobs=root, runs_root=root, rank=0, world_size=1, warm=False, attempt=1, resume_from=None)
         for path in place.model.iterdir():
             shutil.move(str(path), target / path.name)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_nb.training import checkpoints
+from rlhf_nb.training import checkpoints, distributed
 from rlhf_nb.training.callback import Steering
 from rlhf_nb.training.control import BoundCoefficient
 
@@ -24,6 +24,7 @@ class SteeredTrainer:
         *,
         names: dict[str, str] | None = None,
         live: list[BoundCoefficient] | None = None,
+        derive: Callable[[dict[str, float]], dict[str, float]] | None = None,
         sampler: Callable[[Any], Sampler] | None = None,
     ) -> None:
         """
@@ -31,6 +32,7 @@ class SteeredTrainer:
             trainer: A transformers.Trainer with `logging_steps=1` and `save_strategy="no"`.
             names: The trainer's metric names → ours, beyond those of every trainer.
             live: Live coefficients beside the learning rate.
+            derive: Further metrics of a step from those it has, by our names.
             sampler: Given the trainer, what samples completions; None where the model writes none.
         """
         from transformers.trainer_callback import PrinterCallback
@@ -38,18 +40,27 @@ class SteeredTrainer:
         self.trainer, self.context = trainer, context
         trainer.remove_callback(PrinterCallback)
         self.callback = Steering(
-            context, trainer, names=names or {}, live=live or [], sampler=sampler(trainer) if sampler else None
+            context,
+            trainer,
+            names=names or {},
+            live=live or [],
+            derive=derive or (lambda values: {}),
+            sampler=sampler(trainer) if sampler else None,
         )
         trainer.add_callback(self.callback)
 
     def train(self) -> None:
         resume_from = self.context.resume_from
-        scratch = self.context.run_dir / "checkpoints" / checkpoints.SCRATCH
-        if self.context.is_main:
-            shutil.rmtree(scratch, ignore_errors=True)
+        self._clear_scratch()
         self.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        self._clear_scratch()
+
+    def _clear_scratch(self) -> None:
+        # The Trainer lists this folder at its end, on every rank: nobody takes it away before all have.
+        distributed.barrier()
         if self.context.is_main:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(self.context.run_dir / "checkpoints" / checkpoints.SCRATCH, ignore_errors=True)
+        distributed.barrier()
 
     @property
     def step(self) -> int:

@@ -1,0 +1,106 @@
+"""A reward model as a reward function: a saved sequence classifier with one output, and its own tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_nb.data.rows import Prompt
+from rlhf_nb.errors import SpecError
+from rlhf_nb.rewards.functions import finite
+from rlhf_nb.training import data, models
+
+if TYPE_CHECKING:
+    from rlhf_nb.training.context import Emitter
+
+BATCH = 16
+
+
+class RewardModelScorer:
+    """Scores texts, never another model's tokens: policy and reward model need not share a tokenizer."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, max_length: int | None, batch_size: int = BATCH
+    ) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.max_length, self.batch_size = max_length, batch_size
+
+    @classmethod
+    def load(
+        cls, path: str, *, device: Any = None, emit: Emitter | None = None, batch_size: int = BATCH, dtype: Any = None
+    ) -> RewardModelScorer:
+        """From the directory a reward-model run saved, or any sequence classifier with one label.
+
+        Raises:
+            SpecError: It has two labels, or it is no sequence classifier.
+        """
+        from transformers import AutoModelForSequenceClassification
+
+        check_head(path)
+        tokenizer = models.load_tokenizer(path, emit)
+        kwargs = {"dtype": dtype} if dtype is not None else {}
+        model = models.load_model(path, AutoModelForSequenceClassification, num_labels=1, **kwargs)
+        # Where it is missing, transformers refuses batches: the classifier finds the last token by the pads after it.
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.eval().requires_grad_(False)
+        if device is not None:
+            model.to(device)
+        return cls(
+            model, tokenizer, name=Path(path).name, max_length=models.context_length(path), batch_size=batch_size
+        )
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """One finite score for each completion, in order.
+
+        Raises:
+            RewardError: A score that is not finite, with its index.
+        """
+        import torch
+
+        device = next(self.model.parameters()).device
+        ids = [
+            data.conversation_ids(prompt, completion, self.tokenizer)[: self.max_length]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        scores = [math.nan] * len(ids)
+        # Rows of like length together: the pads cost as much as the tokens.
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
+            width = max(len(ids[index]) for index in indices)
+            pad = self.tokenizer.pad_token_id
+            input_ids = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in indices], device=device)
+            mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in indices], device=device)
+            with torch.no_grad():
+                logits = self.model(input_ids=input_ids, attention_mask=mask).logits
+            for index, value in zip(indices, logits[:, 0].float().tolist(), strict=True):
+                scores[index] = value
+        return finite(scores, len(ids), self.name)
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[float]:
+        return self.score(prompts, completions)
+
+
+def check_head(path: str) -> None:
+    """Refuse what is no reward model, before its weights are read.
+
+    Raises:
+        SpecError: A classifier with two or more labels, or a model without a score head.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    architectures = config.architectures or []
+    name = Path(path).name
+    if not any(
+        "SequenceClassification" in architecture or "RewardModel" in architecture for architecture in architectures
+    ):
+        what = architectures[0] if architectures else "no architecture"
+        raise SpecError(f'reward model "{name}" is {what}, which has no score head; train one with %rlhf reward')
+    if config.num_labels != 1:
+        raise SpecError(
+            f'reward model "{name}" has num_labels={config.num_labels}; a reward is one number, so it needs num_labels=1; '
+            f"train one with %rlhf reward"
+        )
