@@ -232,7 +232,7 @@ def _csv(path: Path, data: bytes) -> list[Record]:
             # The unnamed column is the row numbers that pandas writes.
             records.append({key: _cell(key, value) for key, value in record.items() if key})
     except csv.Error as error:
-        where = f"{path} line {reader.line_num}"
+        where = f"{path} line {reader.reader.line_num}"
         raise DataError(f"{where} is not CSV ({error}); quote cells that hold quotes or line ends") from None
     if not records:
         raise DataError(f"{path} has a header and 0 rows; nothing to import")

@@ -1,0 +1,52 @@
+"""Rows of one kind from another, with what was lost counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_nb.data.conversions import convert, pairs_to_thumbs, rankings_to_pairs, to_chat
+from rlhf_nb.errors import DataError
+
+
+def test_a_ranking_of_k_gives_every_strict_pair_better_first():
+    rows, dropped = rankings_to_pairs([{"prompt": "p", "completions": ["b", "a", "c"], "ranks": [1, 0, 2], "tree": 7}])
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("a", "b"), ("b", "c"), ("a", "c")]
+    assert all(row["tree"] == 7 for row in rows) and dropped == {}
+
+
+def test_equal_ranks_and_equal_texts_give_no_pair():
+    rows, dropped = rankings_to_pairs([{"prompt": "p", "completions": ["a", "b", "c", "c"], "ranks": [0, 0, 1, 2]}])
+    assert len(rows) == 4
+    assert dropped == {"equal ranks": 1, "identical chosen and rejected": 1}
+
+
+def test_a_pair_gives_a_thumb_each_way():
+    rows, dropped = pairs_to_thumbs([{"prompt": "p", "chosen": "c", "rejected": "r"}])
+    assert rows == [
+        {"prompt": "p", "completion": "c", "label": True},
+        {"prompt": "p", "completion": "r", "label": False},
+    ]
+    assert dropped == {}
+
+
+def test_transcripts_become_chat_messages():
+    row = {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "chosen": " d", "rejected": " e"}
+    (chat,), dropped = to_chat([row])
+    assert chat == {
+        "prompt": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ],
+        "chosen": "d",
+        "rejected": "e",
+    }
+    rows, dropped = to_chat([{"prompt": "plain"}, {"prompt": "x\n\nHuman: open end"}])
+    assert rows == [{"prompt": "plain"}] and dropped == {"not a transcript that waits for the Assistant": 1}
+
+
+def test_the_same_kind_is_left_as_it_is():
+    rows = [{"prompt": "p"}]
+    assert convert(rows, "prompts", "prompts") == (rows, {})
+    with pytest.raises(DataError, match="prompts cannot become pairs: nothing else can be made of it"):
+        convert(rows, "prompts", "pairs")
