@@ -22,13 +22,12 @@ from rlhf_nb.toy.data import (
     rankings,
     thumbs,
 )
-from rlhf_nb.toy.recipe import COMPLETION_TOKENS, SFT_DATA, SFT_RECIPE, model_path
+from rlhf_nb.toy.recipe import COMPLETION_TOKENS, SFT_RECIPE, model_path
 from rlhf_nb.toy.reward import quality_scores, true_reward
 
 __all__ = [
     "COMPLETION_TOKENS",
     "DEFAULT_SIZES",
-    "SFT_DATA",
     "SFT_RECIPE",
     "Annotator",
     "dataset",

@@ -175,7 +175,7 @@ def is_well_formed(clauses: tuple[Clause, ...]) -> bool:
     rest = clauses[1:] if clauses and isinstance(clauses[0], Greeting | Flattery) else clauses
     if not rest or not isinstance(rest[0], Core):
         return False
-    rest = rest[1:-1] if len(rest) > 1 and isinstance(rest[-1], Goodbye) else rest[1:]
+    rest = rest[1:-1] if isinstance(rest[-1], Goodbye) else rest[1:]
     return all(isinstance(clause, Extra) for clause in rest)
 
 

@@ -101,7 +101,7 @@ def helpful(question: Question, meaning: Meaning) -> float:
             answers = {
                 claim for claim in claims if (claim.attribute, claim.place) == (question.attribute, question.place)
             }
-            return _answered(answers, core) if len(answers) == 1 else 0.0
+            return _answered(answers, core)  # two different answers: one of them is wrong
         case "errand":
             return _answered(
                 {c for c in claims if (c.attribute, c.value) == (question.attribute, question.value)}, core

@@ -43,7 +43,7 @@ def test_every_sentence_of_the_grammar_reads_back_as_its_only_meaning():
 def test_every_written_completion_parses_to_the_meaning_it_was_written_from(writer):
     rng = chance.generator("round trip", writer)
     for _ in range(1500):
-        question, _ = data._ask(rng)
+        question, _ = data.ask(rng)
         meaning = writers.write(question, writer, rng)
         assert grammar.parse(grammar.render(meaning, rng)) == meaning
 
@@ -103,7 +103,7 @@ def test_completions_stay_short():
     rng = chance.generator("length")
     lengths = []
     for _ in range(2000):
-        question, _ = data._ask(rng)
+        question, _ = data.ask(rng)
         lengths.append(len(grammar.render(writers.write_any(question, writers.CANDIDATES, rng), rng).split()))
     assert max(lengths) <= 64
     assert sum(lengths) / len(lengths) < 25

@@ -114,7 +114,7 @@ def test_keyword_stuffing_never_raises_the_reward():
 def test_filler_and_flattery_never_raise_the_reward_of_anything(sentence):
     rng = chance.generator("needless")
     for _ in range(500):
-        question, prompt = data._ask(rng)
+        question, prompt = data.ask(rng)
         text = grammar.render(writers.write_any(question, writers.CANDIDATES, rng), rng)
         if not isinstance(grammar.parse(text).clauses[-1], grammar.Goodbye):
             assert reward.reward(prompt, f"{text} {sentence}") <= reward.reward(prompt, text), (prompt, text)
@@ -132,7 +132,7 @@ def test_every_question_has_an_answer_with_the_full_reward():
 def test_rewards_stay_in_their_range():
     rng = chance.generator("range")
     for _ in range(2000):
-        question, prompt = data._ask(rng)
+        question, prompt = data.ask(rng)
         text = grammar.render(writers.write_any(question, writers.CANDIDATES, rng), rng)
         low, high = reward.REWARD_RANGE
         assert low < reward.reward(prompt, text) <= high + 1e-12
