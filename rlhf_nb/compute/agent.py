@@ -1,8 +1,8 @@
 """What runs inside the attached Jupyter kernel: submit, tail, control, restart. It never trains and imports no torch.
 
 A client executes `start(...)` once and from then on speaks over a comm. A request is `{"id", "op", ...}`; its answer
-`{"re": id, "ok": bool, "result" | "error"}`. Events travel unasked: `{"sub", "first", "last"}` with the JSON lines, exactly as
-they are in the log, as a binary buffer.
+`{"re": id, "ok": bool, "result" | "error"}`. Events travel unasked: `{"sub", "first", "last"}` with the JSON lines,
+exactly as they are in the log, as a binary buffer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import rlhf_nb
 from rlhf_nb.compute import launch as launching
 from rlhf_nb.compute import listing, standby
+from rlhf_nb.compute.connection import TARGET, WIRE
 from rlhf_nb.compute.rundir import (
     EventWriter,
     LineTail,
@@ -39,9 +40,6 @@ from rlhf_nb.protocol.control import parse_control
 from rlhf_nb.protocol.events import Resumed
 from rlhf_nb.protocol.spec import BlobData, Launch, RunSpec
 
-TARGET = "rlhf_nb.agent"
-WIRE = 1
-"""Version of the messages between client and agent; both sides must speak the same."""
 CHUNK = 1 << 20
 """Bytes of events in one message."""
 PUSH_S = 0.025
@@ -58,7 +56,9 @@ def default_runs_root() -> Path:
     return Path(os.environ.get("RLHF_NB_RUNS") or "~/.local/share/rlhf_nb/runs").expanduser()
 
 
-def start(comm_manager: Any, *, runs_root: str | None = None, launch: list[str] | None = None, keep_standby: bool = True) -> None:
+def start(
+    comm_manager: Any, *, runs_root: str | None = None, launch: list[str] | None = None, keep_standby: bool = True
+) -> None:
     """Called once in the kernel by whoever attaches; again, it changes launch flags and standby of the same agent."""
     global _agent
     root = Path(runs_root).expanduser().resolve() if runs_root else default_runs_root().resolve()
@@ -70,7 +70,7 @@ def start(comm_manager: Any, *, runs_root: str | None = None, launch: list[str] 
         _agent = Agent(root, flags, keep_standby)
     else:
         _agent.configure(flags, keep_standby)
-    comm_manager.register_target(TARGET, lambda comm, message: _agent and _agent.connect(comm, message))
+    comm_manager.register_target(TARGET, _agent.connect)
 
 
 class Agent:
@@ -107,7 +107,7 @@ class Agent:
         self._closing.set()
         self._dismiss()
 
-    # Background -----------------------------------------------------------------------------------------------------------
+    # Background -----------------------------------------------------------------------------------------------------
 
     def _monitor(self) -> None:
         for run_id in listing.forgotten(self.runs_root):
@@ -190,7 +190,7 @@ class Agent:
             if not busy:
                 time.sleep(LOOK_S if any(session.subscriptions for session in self.sessions) else 0.05)
 
-    # Requests -------------------------------------------------------------------------------------------------------------
+    # Requests -------------------------------------------------------------------------------------------------------
 
     def run_dir(self, run_id: str) -> RunDir:
         run = RunDir(self.runs_root / run_id)
@@ -233,7 +233,9 @@ class Agent:
                     found = hashlib.file_digest(handle, "sha256").hexdigest()
                 if not found.startswith(name):
                     scratch.unlink()
-                    raise ComputeError(f"rows arrived damaged: content hash {found[:12]}, expected {name[:12]}; submit again")
+                    raise ComputeError(
+                        f"rows arrived damaged: content hash {found[:12]}, expected {name[:12]}; submit again"
+                    )
                 os.replace(scratch, target)
 
     def op_submit(self, spec: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +245,9 @@ class Agent:
         run = RunDir(self.runs_root / asked.run_id)
         if run.attempt_path.exists():
             if run.spec() != asked:
-                raise ComputeError(f"run {asked.run_id} exists on the attached compute with another spec; choose another id")
+                raise ComputeError(
+                    f"run {asked.run_id} exists on the attached compute with another spec; choose another id"
+                )
             return {"created": False}
         for rows in (asked.data, asked.held_out):
             if isinstance(rows, BlobData) and not self._blob(rows.content_hash).exists():
@@ -261,7 +265,7 @@ class Agent:
         return {"created": True}
 
     def _begin(self, run: RunDir, spec: RunSpec) -> None:
-        """Straight to a standby where nothing is in the way, which saves starting a process; else through a supervisor."""
+        """Straight to a standby where nothing is in the way, which saves a process start; else through a supervisor."""
         if all(parent_state(self.runs_root, parent)[0] == "ready" for parent in spec.parents):
             with self.turns.lock():
                 if self.turns.ahead_of(run.run_id) is None:
@@ -455,5 +459,3 @@ class Subscription:
         self.session.send({"sub": self.name, "first": first, "last": last}, data)
         self.reader.more = len(data) > CHUNK // 2
         return self.reader.more
-
-

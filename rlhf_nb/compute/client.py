@@ -6,17 +6,15 @@ import hashlib
 import queue
 import threading
 import time
+import traceback
 import uuid
-import zlib
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_nb import errors
-from rlhf_nb.compute.transports.base import Launcher, Link
-from rlhf_nb.errors import AttachError, ComputeError, RlhfError
+from rlhf_nb.compute.connection import Connection, ConnectionLostError
+from rlhf_nb.compute.transports.base import Launcher
+from rlhf_nb.errors import ComputeError, RlhfError
 from rlhf_nb.protocol.control import Control
 from rlhf_nb.protocol.events import AnyEvent, parse_event
 from rlhf_nb.protocol.spec import Launch, RunSpec
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
 ATTACH_S = 60.0
 REQUEST_S = 60.0
 BLOB_CHUNK = 4 << 20
-_TARGET = "rlhf_nb.agent"
-_WIRE = 1
 
 Callback = Callable[[list[AnyEvent]], None]
 
@@ -104,7 +100,11 @@ def parse_lines(content: bytes) -> list[AnyEvent]:
 
 
 class Client:
-    """Thread-safe. Callbacks of subscriptions come from a thread of the client's own, one after another."""
+    """Thread-safe. Callbacks of subscriptions come from a thread of the client's own, one after another.
+
+    Where this side started the kernel and it dies, the client starts another and goes on: the new agent reads the run
+    directories, and every subscription continues after the last seq it delivered.
+    """
 
     def __init__(
         self,
@@ -126,27 +126,23 @@ class Client:
             AttachError: No kernel, no answer, or a kernel without this package.
         """
         self.launcher = launcher
-        self._runs_root, self._launch, self._standby = runs_root, launch or Launch(), standby
+        self._setup = {"runs_root": runs_root, "launch": list((launch or Launch()).flags), "keep_standby": standby}
+        self._timeout = timeout
         self._lock = threading.RLock()
-        self._answers: dict[str, Future[Any]] = {}
         self._subscriptions: dict[str, Subscription] = {}
         self._deliveries: queue.SimpleQueue[tuple[Subscription, dict[str, Any], bytes] | None] = queue.SimpleQueue()
         self._listeners: list[Callable[[AttachInfo], None]] = []
-        self._lost: str | None = None
         self._closed = False
-        self._hello = threading.Event()
-        self._subshell: str | None = None
-        self._comm = uuid.uuid4().hex
-        self.info: AttachInfo = None  # type: ignore[assignment]
-        began = time.monotonic()
-        self._link: Link = launcher.connect()
+        self._lost: str | None = None
+        """Why there is no connection, once no other could be made."""
+        self._connected = threading.Event()
+        self._reason = ""
+        self._connection: Connection | None = None
         threading.Thread(target=self._deliver, name="rlhf-events", daemon=True).start()
         try:
-            self._link.start(self._received, self._gone)
-            self._open(began + timeout)
-            self.info = self._describe(self.request("info"), time.monotonic() - began)
+            self.info = self._connect()
         except BaseException:
-            self.close(kill_agent=True)
+            self.close()
             raise
 
     @classmethod
@@ -161,143 +157,100 @@ class Client:
     ) -> Client:
         return cls(launcher, runs_root=runs_root, launch=launch, standby=standby)
 
-    # Attaching ------------------------------------------------------------------------------------------------------------
-
-    def _open(self, deadline: float) -> None:
-        # On the control channel, which answers while a cell runs; and never `wait_for_ready`, which waits for silence.
-        features = self._ask("kernel_info_request", {}, deadline, channel="control").get("supported_features") or []
-        if "kernel subshells" in features:
-            self._subshell = self._ask("create_subshell_request", {}, deadline, channel="control").get("subshell_id")
-        setup = {
-            "code": (
-                "import rlhf_nb.compute.agent as _agent\n"
-                f"_agent.start(get_ipython().kernel.comm_manager, runs_root={self._runs_root!r}, "
-                f"launch={list(self._launch.flags)!r}, keep_standby={self._standby!r})\n"
-                "del _agent"
-            ),
-            "silent": True,
-            "store_history": False,
-            "allow_stdin": False,
-            "stop_on_error": False,
-        }
-        done = self._ask("execute_request", setup, deadline, subshell=self._subshell)
-        if done.get("status") != "ok":
-            raise self._setup_error(done)
-        while not self._hello.is_set():
-            # A subscriber that has just connected may miss the first answer.
-            self._comm = uuid.uuid4().hex
-            self._send_comm("comm_open", {"compress": self._link.compress}, target_name=_TARGET)
-            if self._hello.wait(0.5):
-                break
-            self._raise_if_lost()
-            if time.monotonic() > deadline:
-                raise AttachError(f"attach {self.launcher.name}: the kernel runs but its agent does not answer")
-
-    def _setup_error(self, reply: dict[str, Any]) -> RlhfError:
-        name, value = reply.get("ename", "Error"), reply.get("evalue", "")
-        if name == "ModuleNotFoundError" and "rlhf_nb" in value:
-            return AttachError(
-                f"attach {self.launcher.name}: that kernel's Python has no rlhf_nb; there, pip install 'rlhf-nb[train]'"
-            )
-        return _as_error(name, value)
-
-    def _ask(self, kind: str, content: dict[str, Any], deadline: float, **options: Any) -> dict[str, Any]:
-        """A plain Jupyter request and its reply, by the id of the message."""
-        future: Future[Any] = Future()
-        with self._lock:
-            name = self._link.send(kind, content, **options)
-            self._answers[name] = future
-        while True:
-            try:
-                return future.result(0.25)
-            except FutureTimeoutError:
-                self._raise_if_lost()
-                if time.monotonic() > deadline:
-                    raise AttachError(
-                        f"attach {self.launcher.name}: no answer from the kernel; it may be busy with a cell, or gone"
-                    ) from None
-
-    def _describe(self, said: dict[str, Any], seconds: float) -> AttachInfo:
-        standby = said["standby"]
-        return AttachInfo(
+    def _connect(self) -> AttachInfo:
+        began = time.monotonic()
+        connection = Connection(self.launcher, self._from_agent, lambda reason: self._gone(connection, reason))
+        self._connection = connection
+        try:
+            connection.open(self._timeout, **self._setup)
+            said = connection.request("info", None, REQUEST_S, {})
+        except BaseException:
+            connection.close(kill=True)
+            raise
+        info = AttachInfo(
             name=self.launcher.name,
             kind=self.launcher.kind,
             device=said["device"],
             threads=said["threads"],
             versions=said["versions"],
             runs_root=said["runs_root"],
-            seconds=round(seconds, 3),
-            standby=standby["state"],
-            standby_seconds=standby.get("seconds"),
-            standby_reason=standby.get("reason", ""),
+            seconds=round(time.monotonic() - began, 3),
             launch=tuple(said["launch"]),
             host=said["host"],
             agent_pid=said["pid"],
+            **_standby_fields(said["standby"]),
         )
+        self._connected.set()
+        return info
+
+    def _gone(self, connection: Connection, reason: str) -> None:
+        """The connection is lost, unless it never stood or was closed."""
+        if self._closed or connection is not self._connection or not self._connected.is_set():
+            return
+        self._connected.clear()
+        self._reason = reason
+        threading.Thread(target=self._attach_again, args=(connection, reason), name="rlhf-attach", daemon=True).start()
+
+    def _attach_again(self, old: Connection, reason: str) -> None:
+        old.close(kill=True)
+        for pause in (0.0, 1.0, 3.0):
+            time.sleep(pause)
+            if self._closed:
+                return
+            try:
+                info = self._connect()
+            except (RlhfError, OSError):
+                continue
+            if self._closed:
+                if self._connection is not None:
+                    self._connection.close(kill=True)
+                return
+            self._tell(info)
+            for subscription in list(self._subscriptions.values()):
+                self._send_subscribe(subscription)
+            return
+        self._lost = reason
+        self._connected.set()
+
+    def _live(self, timeout: float) -> Connection:
+        """The connection; while another is being made, wait for it."""
+        if self._closed:
+            raise ComputeError("detached; %rlhf attach local attaches again")
+        if not self._connected.wait(timeout):
+            raise ComputeError(f"{self.launcher.name}: {self._reason}; attaching again takes longer than {timeout:g} s")
+        if self._lost is not None:
+            raise ComputeError(f"{self._lost}; %rlhf attach starts another, and runs go on")
+        assert self._connection is not None
+        return self._connection
 
     def wait_standby(self, timeout: float = 60.0) -> AttachInfo:
         """Wait until the standby is ready, off or failed, or the time is over; the info as it is then."""
         deadline = time.monotonic() + timeout
         while self.info.standby in ("warming", "taken") and time.monotonic() < deadline and self.alive:
-            time.sleep(0.05)
+            time.sleep(0.02)
         return self.info
 
     def on_info(self, listener: Callable[[AttachInfo], None]) -> None:
-        """Call `listener` whenever the standby's state changes."""
+        """Call `listener` whenever the standby's state or the agent changes."""
         self._listeners.append(listener)
 
-    # Receiving ------------------------------------------------------------------------------------------------------------
+    # Receiving --------------------------------------------------------------------------------------------------------
 
-    def _received(self, message: dict[str, Any]) -> None:
-        kind = message["header"]["msg_type"]
-        content = message["content"]
-        if kind in ("comm_msg", "comm_close"):
-            if content.get("comm_id") == self._comm:
-                self._from_agent(kind, content.get("data") or {}, message.get("buffers") or [])
-        elif kind.endswith("_reply"):
-            with self._lock:
-                future = self._answers.pop(message["parent_header"].get("msg_id", ""), None)
-            if future is not None:
-                future.set_result(content)
-
-    def _from_agent(self, kind: str, data: dict[str, Any], buffers: list[Any]) -> None:
-        content = bytes(buffers[0]) if buffers else b""
-        if data.get("z"):
-            content = zlib.decompress(content)
-        if kind == "comm_close":
-            if self._hello.is_set():
-                self._gone("the agent closed the connection")
-        elif "hello" in data:
-            self._hello.set()
-        elif "re" in data:
-            with self._lock:
-                future = self._answers.pop(data["re"], None)
-            if future is None:
-                return
-            if data["ok"]:
-                future.set_result((data["result"], content) if buffers else data["result"])
-            else:
-                future.set_exception(_as_error(data["error"]["type"], data["error"]["message"]))
-        elif "sub" in data:
+    def _from_agent(self, data: dict[str, Any], content: bytes) -> None:
+        if "sub" in data:
             subscription = self._subscriptions.get(data["sub"])
             if subscription is not None:
                 self._deliveries.put((subscription, data, content))
-        elif "standby" in data and self.info is not None:
-            said = data["standby"]
-            self.info = replace(
-                self.info,
-                standby=said["state"],
-                standby_seconds=said.get("seconds"),
-                standby_reason=said.get("reason", ""),
-            )
-            for listener in list(self._listeners):
-                listener(self.info)
+        elif "standby" in data and hasattr(self, "info"):
+            self._tell(replace(self.info, **_standby_fields(data["standby"])))
+
+    def _tell(self, info: AttachInfo) -> None:
+        self.info = info
+        for listener in list(self._listeners):
+            listener(info)
 
     def _deliver(self) -> None:
-        while True:
-            item = self._deliveries.get()
-            if item is None:
-                return
+        while (item := self._deliveries.get()) is not None:
             subscription, data, content = item
             if subscription.closed:
                 continue
@@ -306,51 +259,17 @@ class Client:
                     self._send_subscribe(subscription)
             except Exception:
                 # A callback's fault is its own; the next batch and the other subscribers still get theirs.
-                import traceback
-
                 traceback.print_exc()
 
-    def _gone(self, reason: str) -> None:
-        with self._lock:
-            if self._lost is not None:
-                return
-            self._lost = reason
-            waiting, self._answers = list(self._answers.values()), {}
-        for future in waiting:
-            if not future.done():
-                future.set_exception(ComputeError(f"{reason}; %rlhf attach starts another, and runs go on"))
-
-    def _raise_if_lost(self) -> None:
-        if self._lost is not None:
-            raise AttachError(f"attach {self.launcher.name}: {self._lost}")
-
-    # Requests -------------------------------------------------------------------------------------------------------------
+    # Requests ---------------------------------------------------------------------------------------------------------
 
     def request(self, op: str, content: bytes | None = None, *, timeout: float = REQUEST_S, **arguments: Any) -> Any:
         """One request to the agent and its result. The agent's errors are raised here as what they are."""
-        if self._closed:
-            raise ComputeError("detached; %rlhf attach local attaches again")
-        future: Future[Any] = Future()
-        asked = uuid.uuid4().hex
-        with self._lock:
-            if self._lost is not None:
-                raise ComputeError(f"{self._lost}; %rlhf attach starts another, and runs go on")
-            self._answers[asked] = future
-        self._send_comm(
-            "comm_msg", {"id": asked, "op": op, **arguments}, buffers=None if content is None else [content]
-        )
         try:
-            return future.result(timeout)
-        except FutureTimeoutError:
-            with self._lock:
-                self._answers.pop(asked, None)
-            raise ComputeError(
-                f"{op}: no answer from {self.launcher.name} after {timeout:g} s; is its kernel busy?"
-            ) from None
-
-    def _send_comm(self, kind: str, data: dict[str, Any], *, buffers: list[bytes] | None = None, **more: Any) -> None:
-        content = {"comm_id": self._comm, "data": data, **more}
-        self._link.send(kind, content, subshell=self._subshell, buffers=buffers)
+            return self._live(timeout).request(op, content, timeout, arguments)
+        except ConnectionLostError:
+            # Every request may be made twice: runs, rows and control lines carry ids.
+            return self._live(timeout).request(op, content, timeout, arguments)
 
     def submit(self, spec: RunSpec, blobs: dict[str, bytes] | None = None) -> None:
         """Send rows that are not there yet, then the spec. Submitting the same run again changes nothing.
@@ -417,13 +336,15 @@ class Client:
 
     def _send_subscribe(self, subscription: Subscription) -> None:
         """Ask again from the last seq, without waiting for the answer."""
-        asked = {"id": uuid.uuid4().hex, "op": "subscribe", "sub": subscription.id}
-        self._send_comm("comm_msg", {**asked, "run_id": subscription.run_id, "since": subscription.last_seq})
+        arguments = {"sub": subscription.id, "run_id": subscription.run_id, "since": subscription.last_seq}
+        if self._connection is not None:
+            self._connection.post("subscribe", arguments)
 
     def _unsubscribe(self, subscription: Subscription) -> None:
         subscription.closed = True
-        if self._subscriptions.pop(subscription.id, None) is not None and self.alive:
-            self._send_comm("comm_msg", {"id": uuid.uuid4().hex, "op": "unsubscribe", "sub": subscription.id})
+        known = self._subscriptions.pop(subscription.id, None)
+        if known is not None and self._connection is not None and self._connection.alive:
+            self._connection.post("unsubscribe", {"sub": subscription.id})
 
     def control(self, run_id: str, control: Control) -> None:
         """Returns when the line is durable in the run's directory."""
@@ -440,30 +361,31 @@ class Client:
         """Checks of the compute side: dicts of `check`, `ok`, `text`."""
         return self.request("doctor")
 
-    # The end --------------------------------------------------------------------------------------------------------------
+    # The end ----------------------------------------------------------------------------------------------------------
 
     @property
     def alive(self) -> bool:
-        return not self._closed and self._lost is None and self._link.alive
+        """True while requests have a way to the agent, also while another kernel is being started."""
+        return not self._closed and self._lost is None
 
     def close(self, kill_agent: bool = True) -> None:
-        """Let go. With `kill_agent`, a kernel that this attach started ends, and an idle standby with it; runs go on."""
-        if self._closed:
-            return
+        """Let go. With `kill_agent`, a kernel that this attach started ends, and an idle standby too; runs go on."""
         with self._lock:
+            if self._closed:
+                return
+            self._closed = True
             for subscription in self._subscriptions.values():
                 subscription.closed = True
             self._subscriptions.clear()
-        if self.alive and self._hello.is_set():
-            self._send_comm("comm_close", {})
-        self._closed = True
-        self._link.close(kill=kill_agent)
-        self._gone("detached")
+        self._connected.set()
+        if self._connection is not None:
+            self._connection.close(kill=kill_agent)
         self._deliveries.put(None)
 
 
-def _as_error(name: str, message: str) -> RlhfError:
-    found = getattr(errors, name, None)
-    if isinstance(found, type) and issubclass(found, RlhfError):
-        return found(message)
-    return ComputeError(f"the attached compute: {name}: {message.splitlines()[0] if message else ''}")
+def _standby_fields(said: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "standby": said["state"],
+        "standby_seconds": said.get("seconds"),
+        "standby_reason": said.get("reason", ""),
+    }

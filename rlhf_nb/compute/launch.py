@@ -26,7 +26,7 @@ def command(launch: Launch, arguments: list[str]) -> list[str]:
     asked = launch.num_processes
     flags = list(launch.flags)
     if asked > 1:
-        # With `--cpu`, accelerate starts one process whatever num_processes says; the environment asks for the CPU instead.
+        # With `--cpu`, accelerate starts one process whatever num_processes says; the environment asks for the CPU.
         flags = [flag for flag in flags if flag != "--cpu"]
         if not any(_has(launch, name) for name in _SPREADS):
             flags.append("--multi_gpu")

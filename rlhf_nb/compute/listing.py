@@ -19,7 +19,11 @@ _ENDED: dict[tuple[str, int], dict[str, Any]] = {}
 
 def run_ids(runs_root: Path) -> list[str]:
     try:
-        return [e.name for e in os.scandir(runs_root) if not e.name.startswith(".") and (Path(e.path) / "spec.json").exists()]
+        return [
+            e.name
+            for e in os.scandir(runs_root)
+            if not e.name.startswith(".") and (Path(e.path) / "spec.json").exists()
+        ]
     except FileNotFoundError:
         return []
 
@@ -42,7 +46,7 @@ def runs(runs_root: Path) -> list[dict[str, Any]]:
 
 
 def describe(run: RunDir) -> dict[str, Any]:
-    """`run_id, method, title, created, state, phase, attempt, stage, step, reason, seconds, alive` and the spec as a dict."""
+    """`run_id, method, title, created, state, phase, attempt, stage, step, reason, seconds, alive`, the spec and more."""
     ended = run.exit()
     key = (str(run.path), run.exit_path.stat().st_mtime_ns) if ended is not None else None
     if key in _ENDED:
@@ -136,7 +140,11 @@ def doctor(runs_root: Path, standby: dict[str, Any]) -> list[dict[str, Any]]:
         },
         {"check": "disk", "ok": disk.free > 2 << 30, "text": f"{disk.free / 2**30:.1f} GiB free at {runs_root}"},
         {"check": "memory", "ok": memory.available > 2 << 30, "text": f"{memory.available / 2**30:.1f} GiB free"},
-        {"check": "standby", "ok": standby["state"] != "failed", "text": " ".join(str(value) for value in standby.values())},
+        {
+            "check": "standby",
+            "ok": standby["state"] != "failed",
+            "text": " ".join(str(value) for value in standby.values()),
+        },
         {
             "check": "runs",
             "ok": not gone,
@@ -144,5 +152,3 @@ def doctor(runs_root: Path, standby: dict[str, Any]) -> list[dict[str, Any]]:
         },
         {"check": "clock", "ok": True, "text": time.strftime("%Y-%m-%d %H:%M:%S %Z"), "at": time.time()},
     ]
-
-

@@ -107,7 +107,7 @@ def _first_to_fall(run: RunDir) -> dict[str, Any] | None:
     if not fallen:
         return None
     # An error is written when it is raised; tearing a process down takes time in which another rank may already leave.
-    return min(fallen, key=lambda record: min(record["at"], errors.get(record["rank"], record)["at"]))
+    return min(fallen, key=lambda record: min(record["at"], (errors.get(record["rank"]) or record)["at"]))
 
 
 def _last_word(run: RunDir) -> tuple[str | None, int]:
@@ -165,7 +165,10 @@ def _memory_files() -> list[Path]:
         _, controllers, group = line.split(":", 2)
         # In a container the group's own path may lie outside the mount; then the mount's root is the container.
         if controllers == "memory":
-            candidates += [Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control"), Path("/sys/fs/cgroup/memory/memory.oom_control")]
+            candidates += [
+                Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control"),
+                Path("/sys/fs/cgroup/memory/memory.oom_control"),
+            ]
         elif not controllers:
             candidates += [Path(f"/sys/fs/cgroup{group}/memory.events"), Path("/sys/fs/cgroup/memory.events")]
     return candidates

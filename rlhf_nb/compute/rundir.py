@@ -1,14 +1,14 @@
 """The run directory: the truth of a run, and the only thing its processes share.
 
-    spec.json        what to compute; written once
-    events.jsonl     one writer at a time: rank 0, after its death the supervisor
-    control.jsonl    appended by agents, read by rank 0
-    attempt.json     which attempt this is and the checkpoint it continues from
-    supervisor.json  who watches, and in which phase
-    ranks/           per rank: who it is, its last error, how it ended
-    exit.json        how the attempt ended; written before the terminal event
-    log.txt          stdout and stderr of every process
-    checkpoints/  model/
+spec.json        what to compute; written once
+events.jsonl     one writer at a time: rank 0, after its death the supervisor
+control.jsonl    appended by agents, read by rank 0
+attempt.json     which attempt this is and the checkpoint it continues from
+supervisor.json  who watches, and in which phase
+ranks/           per rank: who it is, its last error, how it ended
+exit.json        how the attempt ended; written before the terminal event
+log.txt          stdout and stderr of every process
+checkpoints/  model/
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A launch that has already imported everything and waits for one job.
 
-`.standby/<id>/` holds, in the order of its life: `owner.json` (its supervisor), `offer.json` (launch flags; whoever renames it
-has the standby), `ranks/<rank>.json` once a rank is ready, `job.json` (the run it takes). After that it is the run's own
-launcher and supervisor; the directory goes when the run ends.
+`.standby/<id>/` holds, in the order of its life: `owner.json` (its supervisor), `offer.json` (launch flags; whoever
+renames it has the standby), `ranks/<rank>.json` once a rank is ready, `job.json` (the run it takes). After that it is the run's
+own launcher and supervisor; the directory goes when the run ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Watches one run from submit to its terminal event, detached from notebook and agent.
 
-    python -m rlhf_nb.compute.supervisor RUN_DIR            waits for parents and its turn, launches, watches
-    python -m rlhf_nb.compute.supervisor --standby DIR -- FLAGS   launches first, then becomes the supervisor of the run it is given
+    python -m rlhf_nb.compute.supervisor RUN_DIR                  waits for parents and its turn, launches, watches
+    python -m rlhf_nb.compute.supervisor --standby DIR -- FLAGS   launches first, then supervises the run it is given
 
 One supervisor a run, held by a lock on `.supervisor.lock`. Any process may start another at any time with
 `ensure_supervised`: where the first is gone, the new one adopts the processes by pid and creation time.
@@ -121,7 +121,7 @@ class Supervisor:
         self._said = ""
         self._controls = LineTail(run.control_path)
 
-    # Phases ---------------------------------------------------------------------------------------------------------------
+    # Phases ---------------------------------------------------------------------------------------------------------
 
     def supervise(self) -> None:
         """From wherever the run is to its end."""
@@ -187,8 +187,12 @@ class Supervisor:
         self._say(f"starting cold: {reason}")
         arguments = ["--run", str(self.run.path)]
         with open(self.run.log_path, "ab") as log:
-            self.launcher = _launch(launching.command(self.spec.launch, arguments), self.spec.launch, log, self.run.path)
-        self._phase("computing", launcher=ProcessIdentity.of(self.launcher.pid).to_dict(), oom_kills=postmortem.oom_kills())
+            self.launcher = _launch(
+                launching.command(self.spec.launch, arguments), self.spec.launch, log, self.run.path
+            )
+        self._phase(
+            "computing", launcher=ProcessIdentity.of(self.launcher.pid).to_dict(), oom_kills=postmortem.oom_kills()
+        )
 
     def take_over(self, launcher: subprocess.Popen[bytes], standby_path: Path) -> None:
         """A standby's supervisor becomes the run's."""
@@ -205,27 +209,27 @@ class Supervisor:
         self._phase("computing", **{k: before[k] for k in ("launcher", "oom_kills", "standby") if k in before})
         self.watch()
 
-    # Watching -------------------------------------------------------------------------------------------------------------
+    # Watching -------------------------------------------------------------------------------------------------------
 
     def watch(self) -> None:
         asked = self.spec.launch.num_processes
+        state = self.run.supervisor() or {}
+        launcher = ProcessIdentity.from_dict(state.get("launcher"))
         fell_at: float | None = None
+        code: int | None = None
         while True:
             exits = self.run.rank_files(".exit")
-            code = self.launcher.poll() if self.launcher is not None else None
             if len(exits) >= asked:
                 break
-            if not self.run.alive() and (self.launcher is None or code is not None):
-                # A watcher writes its record and then leaves: one more look finds a record written in between.
+            code = self.launcher.poll() if self.launcher is not None else None
+            if not self.run.alive():
+                # A watcher writes its record and then leaves: nothing that was alive a moment ago is missed.
                 break
             if any(record["signal"] or record["code"] for record in exits.values()):
                 fell_at = fell_at or time.monotonic()
                 if time.monotonic() - fell_at > GRACE_S:
-                    self._end_everything()
+                    self._end_everything(launcher)
             time.sleep(POLL_S)
-        code = self._end_launcher()
-        state = self.run.supervisor() or {}
-        self._keep_standby_log(state)
         result = postmortem.examine(
             self.run,
             asked=asked,
@@ -234,41 +238,30 @@ class Supervisor:
             adopted=self.adopted,
         )
         self._conclude(result)
+        # Torch takes up to seconds to put itself away; nobody needs to wait for the launcher to do so.
+        self._end_launcher(launcher)
+        self._remove_standby(state)
 
-    def _end_launcher(self) -> int | None:
-        if self.launcher is not None:
-            try:
-                return self.launcher.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                self._end_everything()
-                return self.launcher.wait()
-        launcher = ProcessIdentity.from_dict((self.run.supervisor() or {}).get("launcher"))
+    def _end_launcher(self, launcher: ProcessIdentity | None) -> None:
         deadline = time.monotonic() + GRACE_S
         while launcher is not None and launcher.alive():
+            if self.launcher is not None and self.launcher.poll() is not None:
+                return
             if time.monotonic() > deadline:
-                self._end_everything()
+                end_tree(launcher.pid)
             time.sleep(POLL_S)
-        return None
 
-    def _end_everything(self) -> None:
+    def _end_everything(self, launcher: ProcessIdentity | None) -> None:
         known = [value for rank in self.run.rank_files().values() for value in (rank, rank["watcher"])]
-        known.append((self.run.supervisor() or {}).get("launcher"))
-        for identity in map(ProcessIdentity.from_dict, known):
+        for identity in [*map(ProcessIdentity.from_dict, known), launcher]:
             if identity is not None and identity.alive():
                 end_tree(identity.pid)
 
-    def _keep_standby_log(self, state: dict[str, Any]) -> None:
-        """The launcher of a standby went on writing to the standby's log: its failure table belongs to the run."""
-        if not state.get("standby"):
-            return
-        taken = standby.Standby(self.runs_root / ".standby" / state["standby"])
-        text = "\n".join(RunDir(taken.path).log_tail(postmortem.LOG_LINES))
-        if text and any(r["signal"] or r["code"] for r in self.run.rank_files(".exit").values()):
-            with open(self.run.log_path, "a", encoding="utf-8") as log:
-                log.write(text + "\n")
-        taken.remove()
+    def _remove_standby(self, state: dict[str, Any]) -> None:
+        if state.get("standby"):
+            standby.Standby(self.runs_root / ".standby" / state["standby"]).remove()
 
-    # The end --------------------------------------------------------------------------------------------------------------
+    # The end --------------------------------------------------------------------------------------------------------
 
     def _exit(self, outcome: str, reason: str) -> postmortem.Exit:
         return postmortem.Exit(self.run.attempt()["attempt"], outcome, reason, log_tail=self.run.log_tail(5))
@@ -309,7 +302,7 @@ class Supervisor:
         reason = f"the run {ended['outcome']} before this was read"
         return [ControlRefused(id=name, op=line["op"], reason=reason) for name, line in asked.items()]
 
-    # Small things ---------------------------------------------------------------------------------------------------------
+    # Small things ---------------------------------------------------------------------------------------------------
 
     def _phase(self, phase: str, **more: Any) -> None:
         before = self.run.supervisor() or {}
@@ -317,8 +310,17 @@ class Supervisor:
         if before.get("phase") == phase and before.get("pid") == me.pid and not more.keys() - {"waits_for"}:
             return
         since = before.get("computing_since") if phase != "computing" or self.adopted else time.time()
-        kept = {k: before[k] for k in ("launcher", "oom_kills", "standby") if k in before} if phase == "computing" else {}
-        state = {**me.to_dict(), "phase": phase, "since": time.time(), "attempt": self.run.attempt()["attempt"], **kept, **more}
+        kept = (
+            {k: before[k] for k in ("launcher", "oom_kills", "standby") if k in before} if phase == "computing" else {}
+        )
+        state: dict[str, Any] = {
+            **me.to_dict(),
+            "phase": phase,
+            "since": time.time(),
+            "attempt": self.run.attempt()["attempt"],
+            **kept,
+            **more,
+        }
         write_json(self.run.supervisor_path, state | {"computing_since": since})
 
     def _say(self, text: str) -> None:
@@ -414,7 +416,8 @@ def run_standby(path: Path, flags: tuple[str, ...]) -> None:
                 mine.remove()
             return
     _let_go_of_stdin()
-    run = RunDir(read_json(path / "job.json")["run_dir"])
+    job: dict[str, Any] = read_json(path / "job.json") or {}
+    run = RunDir(job["run_dir"])
     lock = Lock(run)
     if lock.take(timeout=10):
         _write_to(run.log_path)

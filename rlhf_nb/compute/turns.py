@@ -1,7 +1,7 @@
 """One run computes at a time under a runs root; the others queue in the order they were submitted.
 
-`.active/<run id>` marks every run that has not ended, so that no reader walks the finished ones. Who computes is said by the
-runs' own `supervisor.json`; the lock only makes looking and taking one act.
+`.active/<run id>` marks every run that has not ended, so that no reader walks the finished ones. Who computes is said
+by the runs' own `supervisor.json`; the lock only makes looking and taking one act.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Turns:
     def ahead_of(self, run_id: str) -> str | None:
         """The run that must end or start before `run_id` may compute, or None. Call it under the lock.
 
-        A run that computes is ahead of everyone, also while its supervisor is dead. Among those that are ready, the one that
-        was submitted first goes first; one that waits for a parent, or whose supervisor is gone, keeps nobody waiting.
+        A run that computes is ahead of everyone, also while its supervisor is dead. Among those that are ready, the one
+        submitted first goes first; one that waits for a parent, or whose supervisor is gone, keeps nobody waiting.
         """
         first: str | None = None
         for other in self.unfinished():

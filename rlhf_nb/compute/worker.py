@@ -1,18 +1,21 @@
 """One rank, started by `accelerate launch`: a small watcher, and under it the process that trains.
 
-The watcher forks before anything heavy is imported, so it costs a few MB. It is the parent that `waitpid` answers to: it writes
-`ranks/<rank>.exit.json` with the true exit code or signal, also when the launcher or the supervisor are gone, and then ends the
-same way itself so that the launcher sees what happened. If the watcher is killed, the kernel ends the trainer with it.
+The watcher forks before anything heavy is imported, so it costs a few MB. It is the parent that `waitpid` answers to:
+it writes `ranks/<rank>.exit.json` with the true exit code or signal, also when the launcher or the supervisor is gone, and
+then ends the same way itself so that the launcher sees what happened. If the watcher is killed, the trainer is ended with it
+by the operating system.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -52,17 +55,19 @@ def _watch(child: int, rank: int, arguments: argparse.Namespace) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _: _forward(child, received))
     _, status = os.waitpid(child, 0)
-    code, number = (None, os.WTERMSIG(status)) if os.WIFSIGNALED(status) else (os.WEXITSTATUS(status), None)
+    ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
     place = _place(arguments)
-    record = {"rank": rank, "code": code, "signal": number, "at": time.time(), "attempt": place.attempt()["attempt"]}
+    record = {"rank": rank, "code": code, "signal": ended_by, "at": time.time(), "attempt": place.attempt()["attempt"]}
     try:
         write_json(place.ranks / f"{rank}.exit.json", record)
     finally:
-        if number is None:
+        if ended_by is None:
             os._exit(code or 0)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
-        os.kill(os.getpid(), number)
+        if ended_by != signal.SIGKILL:
+            signal.signal(ended_by, signal.SIG_DFL)
+        os.kill(os.getpid(), ended_by)
         os._exit(1)
 
 
@@ -92,6 +97,7 @@ def _train(arguments: argparse.Namespace, rank: int, watcher: ProcessIdentity) -
         os.chdir(place.path)
         _introduce(place, rank, watcher)
         _run(place, rank, warm)
+        _leave_in_order()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else (0 if leaving.code is None else 1)
         _record_error(arguments, rank, leaving) if code else None
@@ -194,6 +200,13 @@ def _oom_evidence(error: BaseException) -> str | None:
         return name
     # torch raises a plain RuntimeError where the CPU allocator fails.
     return "DefaultCPUAllocator" if "can't allocate memory" in text else None
+
+
+def _leave_in_order() -> NoReturn:
+    """What the interpreter does at exit for others, without taking itself apart: with torch that costs a second."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    _leave(0)
 
 
 def _leave(code: int) -> NoReturn:

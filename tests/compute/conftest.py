@@ -1,4 +1,4 @@
-"""One attached client for the whole folder: attaching once and keeping one worker warm is what makes real processes affordable."""
+"""One attached client for the whole folder: attaching once, with one warm worker, makes real processes affordable."""
 
 from __future__ import annotations
 

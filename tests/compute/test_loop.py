@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 from rlhf_nb.compute.client import Client
-from rlhf_nb.protocol.control import SetCoefficient, Stop
+from rlhf_nb.protocol.control import SetCoefficient
 
-from .conftest import BLOBS, ended, first_metric, toy_spec, until
+from .conftest import BLOBS, ended, first_metric, toy_spec
 
 
 def test_a_cold_run_is_submitted_steered_and_finishes(cold_client: Client) -> None:

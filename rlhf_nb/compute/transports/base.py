@@ -17,8 +17,8 @@ class Link(Protocol):
     """Whether events are worth compressing on the way: a server limits the bytes a second."""
 
     def start(self, on_message: OnMessage, on_lost: OnLost) -> None:
-        """Begin to receive. Both callbacks come from the link's own thread: `on_message` with every message of shell, control
-        and iopub, `on_lost` once, with the reason in words."""
+        """Begin to receive. Both callbacks come from the link's own thread: `on_message` with every message of shell,
+        control and iopub, `on_lost` once, with the reason in words."""
         ...
 
     def send(

@@ -41,10 +41,21 @@ class KernelFile:
         path = Path(self.path).expanduser()
         try:
             info = json.loads(path.read_text(encoding="utf-8"))
-            for field in ("key", "signature_scheme", "transport", "ip", "shell_port", "iopub_port", "control_port", "hb_port"):
+            for field in (
+                "key",
+                "signature_scheme",
+                "transport",
+                "ip",
+                "shell_port",
+                "iopub_port",
+                "control_port",
+                "hb_port",
+            ):
                 info[field]
         except FileNotFoundError:
-            raise AttachError(f"attach kernel: {path} does not exist; jupyter --runtime-dir is where kernels keep theirs") from None
+            raise AttachError(
+                f"attach kernel: {path} does not exist; jupyter --runtime-dir is where kernels keep theirs"
+            ) from None
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise AttachError(f"attach kernel: {path} is no Jupyter connection file ({error})") from None
         heart = _Heart(info)

@@ -48,7 +48,9 @@ class LocalKernel:
         from jupyter_client.connect import write_connection_file
 
         folder = Path(_short_folder())
-        file, info = write_connection_file(str(folder / "k.json"), transport="ipc", ip=str(folder / "k"), key=os.urandom(32).hex().encode())
+        file, info = write_connection_file(
+            str(folder / "k.json"), transport="ipc", ip=str(folder / "k"), key=os.urandom(32).hex().encode()
+        )
         log_path = folder / "log.txt"
         with open(log_path, "wb") as log:
             process = subprocess.Popen(

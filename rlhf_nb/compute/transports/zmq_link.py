@@ -14,7 +14,7 @@ _LOOK_MS = 250
 
 
 class ZmqLink:
-    """One thread owns the sockets, which may not be shared; other threads hand it messages through a queue and a pipe."""
+    """One thread owns the sockets, which may not be shared; others hand it messages through a queue and a pipe."""
 
     compress = False
 
@@ -34,7 +34,9 @@ class ZmqLink:
         from jupyter_client.session import Session
 
         key = info["key"]
-        self._session = Session(key=key.encode() if isinstance(key, str) else key, signature_scheme=info["signature_scheme"])
+        self._session = Session(
+            key=key.encode() if isinstance(key, str) else key, signature_scheme=info["signature_scheme"]
+        )
         self._info, self._is_alive, self._end = info, is_alive, end
         self._queue: deque[tuple[Channel, dict[str, Any], list[bytes] | None]] = deque()
         self._wake_read, self._wake_write = os.pipe()

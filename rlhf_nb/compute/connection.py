@@ -1,0 +1,211 @@
+"""One live connection to the agent in a Jupyter kernel: set up over plain Jupyter messages, then spoken over a comm."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+from rlhf_nb import errors
+from rlhf_nb.compute.transports.base import Launcher
+from rlhf_nb.errors import AttachError, ComputeError, RlhfError
+
+TARGET = "rlhf_nb.agent"
+WIRE = 1
+"""Version of the messages between client and agent; both sides must speak the same."""
+
+OnData = Callable[[dict[str, Any], bytes], None]
+
+
+class ConnectionLostError(ComputeError):
+    """The kernel or its agent is gone; what was asked may or may not have been done."""
+
+
+class Connection:
+    """Thread-safe. It lives once: after `on_lost` or `close` another is made."""
+
+    def __init__(self, launcher: Launcher, on_data: OnData, on_lost: Callable[[str], None]) -> None:
+        """
+        Args:
+            on_data: Unasked messages of the agent, with their buffer; called from the link's thread.
+            on_lost: Called once, from any thread, with the reason in words.
+        """
+        self._launcher, self._on_data, self._on_lost = launcher, on_data, on_lost
+        self._lock = threading.RLock()
+        self._waiting: dict[str, Future[Any]] = {}
+        self._hello = threading.Event()
+        self._wire: int | None = None
+        self._subshell: str | None = None
+        self._comm = uuid.uuid4().hex
+        self._lost: str | None = None
+        self._closed = False
+        self._link = launcher.connect()
+
+    def open(self, timeout: float, **setup: Any) -> None:
+        """Start the agent in the kernel, or find it, and speak with it.
+
+        Raises:
+            AttachError: No answer, no package there, or another version of it.
+        """
+        deadline = time.monotonic() + timeout
+        self._link.start(self._received, self._gone)
+        # On the control channel, which answers while a cell runs; and never `wait_for_ready`, which waits for silence.
+        features = self._ask("kernel_info_request", {}, deadline, channel="control").get("supported_features") or []
+        if "kernel subshells" in features:
+            # While a cell runs, the main shell answers when it ends; a subshell answers at once.
+            self._subshell = self._ask("create_subshell_request", {}, deadline, channel="control").get("subshell_id")
+        arguments = ", ".join(f"{name}={value!r}" for name, value in setup.items())
+        code = (
+            "import rlhf_nb.compute.agent as _agent\n"
+            f"_agent.start(get_ipython().kernel.comm_manager, {arguments})\n"
+            "del _agent"
+        )
+        execute = {"code": code, "silent": True, "store_history": False, "allow_stdin": False, "stop_on_error": False}
+        done = self._ask("execute_request", execute, deadline, subshell=self._subshell)
+        if done.get("status") != "ok":
+            raise self._setup_error(done)
+        while not self._hello.is_set():
+            # A subscriber that has only just connected may miss the first answer.
+            self._comm = uuid.uuid4().hex
+            self._send("comm_open", {"compress": self._link.compress}, target_name=TARGET)
+            if self._hello.wait(0.5):
+                break
+            self._raise_if_lost()
+            if time.monotonic() > deadline:
+                raise AttachError(f"attach {self._launcher.name}: the kernel runs but its agent does not answer")
+        if self._wire != WIRE:
+            raise AttachError(
+                f"attach {self._launcher.name}: its rlhf_nb speaks version {self._wire}, this one {WIRE}; "
+                "install the same version on both sides"
+            )
+
+    def _setup_error(self, reply: dict[str, Any]) -> RlhfError:
+        name, value = reply.get("ename", "Error"), reply.get("evalue", "")
+        if name == "ModuleNotFoundError" and "rlhf_nb" in value:
+            return AttachError(
+                f"attach {self._launcher.name}: its Python has no rlhf_nb; pip install 'rlhf-nb[train]' there"
+            )
+        return as_error(name, value)
+
+    def _ask(self, kind: str, content: dict[str, Any], deadline: float, **options: Any) -> dict[str, Any]:
+        """A plain Jupyter request and its reply."""
+        future: Future[Any] = Future()
+        with self._lock:
+            self._waiting[self._link.send(kind, content, **options)] = future
+        while True:
+            try:
+                return future.result(0.25)
+            except FutureTimeoutError:
+                self._raise_if_lost()
+                if time.monotonic() > deadline:
+                    raise AttachError(
+                        f"attach {self._launcher.name}: no answer from the kernel; it may be busy with a cell, or gone"
+                    ) from None
+
+    def request(self, op: str, content: bytes | None, timeout: float, arguments: dict[str, Any]) -> Any:
+        """One request and its result: the value, or (value, bytes) where the answer carries a buffer.
+
+        Raises:
+            ConnectionLostError: The kernel went away before it answered.
+            RlhfError: What the agent raised, as the same class.
+        """
+        future: Future[Any] = Future()
+        asked = uuid.uuid4().hex
+        with self._lock:
+            if self._lost is not None:
+                raise ConnectionLostError(self._lost)
+            self._waiting[asked] = future
+        self.post(op, arguments, content, asked)
+        try:
+            return future.result(timeout)
+        except FutureTimeoutError:
+            with self._lock:
+                self._waiting.pop(asked, None)
+            raise ComputeError(
+                f"{op}: no answer from {self._launcher.name} after {timeout:g} s; is its kernel busy?"
+            ) from None
+
+    def post(self, op: str, arguments: dict[str, Any], content: bytes | None = None, asked: str | None = None) -> None:
+        """Send a request without waiting for its answer."""
+        buffers = None if content is None else [content]
+        self._send("comm_msg", {"id": asked or uuid.uuid4().hex, "op": op, **arguments}, buffers=buffers)
+
+    def _send(self, kind: str, data: dict[str, Any], *, buffers: list[bytes] | None = None, **more: Any) -> None:
+        content = {"comm_id": self._comm, "data": data, **more}
+        self._link.send(kind, content, subshell=self._subshell, buffers=buffers)
+
+    def _received(self, message: dict[str, Any]) -> None:
+        kind, content = message["header"]["msg_type"], message["content"]
+        if kind in ("comm_msg", "comm_close"):
+            if content.get("comm_id") == self._comm:
+                self._from_agent(kind, content.get("data") or {}, message.get("buffers") or [])
+        elif kind.endswith("_reply"):
+            with self._lock:
+                future = self._waiting.pop(message["parent_header"].get("msg_id", ""), None)
+            if future is not None:
+                future.set_result(content)
+
+    def _from_agent(self, kind: str, data: dict[str, Any], buffers: list[Any]) -> None:
+        if kind == "comm_close":
+            # Before the first answer this is the kernel's way to say that the target is not there yet.
+            if self._hello.is_set():
+                self._gone("the agent has closed the connection")
+            return
+        content = bytes(buffers[0]) if buffers else b""
+        if data.get("z"):
+            content = zlib.decompress(content)
+        if "hello" in data:
+            self._wire = data["hello"]
+            self._hello.set()
+        elif "re" not in data:
+            self._on_data(data, content)
+        else:
+            with self._lock:
+                future = self._waiting.pop(data["re"], None)
+            if future is None:
+                return
+            if data["ok"]:
+                future.set_result((data["result"], content) if buffers else data["result"])
+            else:
+                future.set_exception(as_error(data["error"]["type"], data["error"]["message"]))
+
+    def _gone(self, reason: str) -> None:
+        with self._lock:
+            if self._lost is not None:
+                return
+            self._lost = reason
+            waiting, self._waiting = list(self._waiting.values()), {}
+        for future in waiting:
+            if not future.done():
+                future.set_exception(ConnectionLostError(reason))
+        self._on_lost(reason)
+
+    def _raise_if_lost(self) -> None:
+        if self._lost is not None:
+            raise AttachError(f"attach {self._launcher.name}: {self._lost}")
+
+    @property
+    def alive(self) -> bool:
+        return self._lost is None and not self._closed and self._link.alive
+
+    def close(self, *, kill: bool) -> None:
+        if self._closed:
+            return
+        if self.alive and self._hello.is_set():
+            self._send("comm_close", {})
+        self._closed = True
+        self._link.close(kill=kill)
+        self._gone("detached")
+
+
+def as_error(name: str, message: str) -> RlhfError:
+    """An error of the other side as the same class here; one that is not ours becomes a ComputeError that names it."""
+    found = getattr(errors, name, None)
+    if isinstance(found, type) and issubclass(found, RlhfError):
+        return found(message)
+    return ComputeError(f"the attached compute: {name}: {message.splitlines()[0] if message else ''}")
