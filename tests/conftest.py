@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -135,3 +135,118 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for line in lines:
             terminalreporter.line(line)
         terminalreporter.line("the session fails: end what a test starts", red=True)
+
+
+# --- jobs beside the accelerator, on a model small enough to train in a second ----------------------------------------
+
+
+def save_tiny_model(directory: Path, *, dropout: float = 0.1, **settings: object) -> Path:
+    """A random two-layer Llama with a byte-level tokenizer and a chat template, in ordinary Hugging Face format.
+
+    It has dropout, so that a loss trace shows whether anything touched the random state.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.train_from_iterator(
+        [],
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<pad>", "<end>", "<user>", "<assistant>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% if m.role == 'assistant' %}<end>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    sizes = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 256, "attention_dropout": dropout,
+        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**sizes, **settings})).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tiny_model_maker(tmp_path: Path) -> Callable[..., Path]:
+    """Makes variants: `tiny_model_maker("wide", hidden_size=64)`."""
+    return lambda name, **settings: save_tiny_model(tmp_path / name, **settings)
+
+
+class Job:
+    """Runs a job of the worker in this process, as one rank, in a run directory under `root`."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root, self.model = root, model
+
+    def prepare(self, method: str, rows: list[dict] | str, *, name: str = "run", config: dict | None = None, **spec):
+        """Write the run directory; the rows travel as a blob, as they do from a notebook."""
+        from rlhf_nb import registry
+        from rlhf_nb.compute.rundir import RunDir
+        from rlhf_nb.data.rows import content_hash, encode_rows
+        from rlhf_nb.protocol.spec import BlobData, NamedData, PathModel, RunSpec
+
+        cls = registry.methods.get(method)
+        if isinstance(rows, str):
+            data = NamedData(name=rows)
+        else:
+            digest = content_hash(rows)
+            (self.root / f"{digest}.jsonl").write_bytes(encode_rows(rows))
+            data = BlobData(content_hash=digest, row_kind=cls.rows, n=len(rows), name="mine")
+        spec.setdefault("policy", PathModel(path=str(self.model)))
+        place = RunDir(self.root / name)
+        config = cls.create(**(config or {})).model_dump(mode="json")
+        place.create(RunSpec(run_id=name, workspace_id="w", method=method, config=config, data=data, created=0.0, **spec))
+        return place
+
+    def run(self, place, *, attempt: int = 1, resume_from: Path | None = None):
+        from rlhf_nb.training import job
+
+        job.run(
+            place.path,
+            blobs=self.root,
+            runs_root=self.root,
+            rank=0,
+            world_size=1,
+            warm=False,
+            attempt=attempt,
+            resume_from=resume_from,
+        )
+        return place
+
+    def __call__(self, method: str, rows: list[dict] | str, **kwargs):
+        return self.run(self.prepare(method, rows, **kwargs))
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_model: Path) -> Job:
+    return Job(tmp_path, tiny_model)
+
+
+def metric(place, name: str) -> dict[int, float]:
+    """One metric by optimizer step."""
+    return {e.step: e.values[name] for e in place.events() if e.kind == "metric" and name in e.values}
+
+
+@pytest.fixture
+def trace() -> Callable[..., dict[int, float]]:
+    return metric
+
+
+@pytest.fixture(scope="session")
+def job_class() -> type[Job]:
+    return Job

@@ -10,7 +10,7 @@ from rlhf_nb.training import checkpoints
 if TYPE_CHECKING:
     from rlhf_nb.training.context import Context
 
-_OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor"}
 
 
 def training_arguments(context: Context) -> dict[str, Any]:

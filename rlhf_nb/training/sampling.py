@@ -86,8 +86,8 @@ class Sampler:
                     if reference is not None:
                         before = list(self._before(reference, prompts, seed))
                         kl = list(self._kl(reference, prompts, now))
-        scores, before_scores = self._scores(self.score, prompts, now, before)
-        golds, before_golds = self._scores(self.gold, prompts, now, before)
+            scores, before_scores = self._scores(self.score, prompts, now, before)
+            golds, before_golds = self._scores(self.gold, prompts, now, before)
         return [
             SampleItem(
                 prompt=prompt_text(prompt),
