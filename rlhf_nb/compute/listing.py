@@ -46,7 +46,7 @@ def runs(runs_root: Path) -> list[dict[str, Any]]:
 
 
 def describe(run: RunDir) -> dict[str, Any]:
-    """`run_id, method, title, created, state, phase, attempt, stage, step, reason, seconds, alive`, the spec and more."""
+    """`run_id, method, title, created, state, phase, attempt, stage, step, reason, seconds, alive`, and the spec."""
     ended = run.exit()
     key = (str(run.path), run.exit_path.stat().st_mtime_ns) if ended is not None else None
     if key in _ENDED:

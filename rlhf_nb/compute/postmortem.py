@@ -11,6 +11,10 @@ from typing import Any
 from rlhf_nb.compute.rundir import RunDir
 
 LOG_LINES = 20
+_PASSED_ON = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+_COLLECTIVE = re.compile(
+    r"gloo|NCCL|DistBackendError|DistNetworkError|DistStoreError|[Cc]onnection (closed|reset|refused)"
+)
 _ELASTIC_NOISE = re.compile(r"^(\s|\[|=|-|Traceback|Root Cause|Failures|E\d{4} |W\d{4} |I\d{4} |The following values)")
 
 
@@ -39,23 +43,32 @@ class Exit:
         return asdict(self)
 
 
-def examine(run: RunDir, *, asked: int, launcher_code: int | None, oom_kills: int, adopted: bool) -> Exit:
+def examine(
+    run: RunDir,
+    *,
+    asked: int,
+    launcher_code: int | None,
+    oom_kills: int,
+    adopted: bool,
+    ended: frozenset[int] = frozenset(),
+) -> Exit:
     """Read the ranks' records and the log after every process has ended.
 
     Args:
         asked: Ranks that should have run.
         launcher_code: How `accelerate launch` ended, as subprocess gives it; None where that is not known.
         oom_kills: Processes the kernel ended for memory in this container since the run began.
+        ended: Ranks that the supervisor ended after another had fallen.
     """
     attempt = run.attempt()["attempt"]
-    ended, step = _last_word(run)
+    outcome, step = _last_word(run)
     tail = run.log_tail(LOG_LINES)
-    result = Exit(attempt, ended or "failed", step=step, log_tail=tail, adopted=adopted)
-    fallen = _first_to_fall(run)
+    result = Exit(attempt, outcome or "failed", step=step, log_tail=tail, adopted=adopted)
+    fallen = _first_to_fall(run, ended)
     if fallen is not None:
         result.rank, result.code = fallen["rank"], fallen["code"]
         result.signal = _signal_name(fallen["signal"]) if fallen["signal"] else None
-    if ended:
+    if outcome:
         # The model was saved before that last line: dying on the way out loses nothing.
         result.reason = f"ended by {result.signal} after training had ended" if result.signal else ""
         result.code = 0 if result.code is None and not result.signal else result.code
@@ -69,7 +82,7 @@ def examine(run: RunDir, *, asked: int, launcher_code: int | None, oom_kills: in
     elif error is not None:
         said = error["message"] or error["type"]
         result.reason = said if error["ours"] else f"{error['type']}: {error['message']}".rstrip(": ")
-        if asked > 1:
+        if len(run.rank_files()) > 1:
             result.reason = f"rank {result.rank}: {result.reason}"
     elif result.signal:
         result.reason = f"rank {result.rank} was ended by {result.signal}"
@@ -100,14 +113,26 @@ def _without_a_fall(run: RunDir, result: Exit, asked: int, launcher_code: int | 
         result.reason = f"accelerate launch ended with {how} before any rank started" + (f": {last}" if last else "")
 
 
-def _first_to_fall(run: RunDir) -> dict[str, Any] | None:
-    """The rank that fell first. The others fall because of it: their collective breaks, or the launcher ends them."""
+def _first_to_fall(run: RunDir, ended: frozenset[int]) -> dict[str, Any] | None:
+    """The rank that fell by itself. The others fall because of it: their collective breaks, or they are ended.
+
+    Times alone do not tell: on a busy machine the survivor's broken collective is recorded before the victim's end is.
+    """
     errors = run.rank_files(".error")
     fallen = [record for record in run.rank_files(".exit").values() if record["signal"] or record["code"]]
-    if not fallen:
-        return None
-    # An error is written when it is raised; tearing a process down takes time in which another rank may already leave.
-    return min(fallen, key=lambda record: min(record["at"], (errors.get(record["rank"]) or record)["at"]))
+
+    def order(record: dict[str, Any]) -> tuple[int, float]:
+        error = errors.get(record["rank"])
+        at = min(record["at"], error["at"]) if error else record["at"]
+        if record["rank"] in ended or record["signal"] in _PASSED_ON:
+            return 4, at
+        if error is not None and _COLLECTIVE.search(f"{error['type']} {error['message']}"):
+            return 3, at
+        if record["signal"] == signal.SIGABRT:  # how a communication library ends a rank whose peer is gone
+            return 2, at
+        return (0 if record["signal"] else 1), at
+
+    return min(fallen, key=order) if fallen else None
 
 
 def _last_word(run: RunDir) -> tuple[str | None, int]:

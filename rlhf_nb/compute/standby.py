@@ -1,8 +1,8 @@
 """A launch that has already imported everything and waits for one job.
 
 `.standby/<id>/` holds, in the order of its life: `owner.json` (its supervisor), `offer.json` (launch flags; whoever
-renames it has the standby), `ranks/<rank>.json` once a rank is ready, `job.json` (the run it takes). After that it is the run's
-own launcher and supervisor; the directory goes when the run ends.
+renames it has the standby), `ranks/<rank>.json` once a rank is ready, `job.json` (the run it takes). After that it is
+the run's own launcher and supervisor; the directory goes when the run ends.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Standby:
 
     @property
     def offer(self) -> dict[str, Any] | None:
-        """`flags` and `since` while it is free, else None."""
+        """`flags` and `ranks` while it is free, else None."""
         return read_json(self.path / "offer.json")
 
     def ready(self) -> bool:
@@ -99,6 +99,9 @@ def start(runs_root: Path, launch: Launch) -> tuple[Standby, subprocess.Popen[by
             stderr=log,
             start_new_session=True,
         )
+    # Offered at once: a run that comes while it imports is still faster with it than with a second import beside it.
+    write_json(path / "owner.json", ProcessIdentity.of(process.pid).to_dict())
+    write_json(path / "offer.json", {"flags": list(launch.flags), "ranks": launch.num_processes})
     return Standby(path), process
 
 

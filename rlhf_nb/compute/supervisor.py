@@ -217,6 +217,7 @@ class Supervisor:
         launcher = ProcessIdentity.from_dict(state.get("launcher"))
         fell_at: float | None = None
         code: int | None = None
+        ended: set[int] = set()
         while True:
             exits = self.run.rank_files(".exit")
             if len(exits) >= asked:
@@ -228,6 +229,7 @@ class Supervisor:
             if any(record["signal"] or record["code"] for record in exits.values()):
                 fell_at = fell_at or time.monotonic()
                 if time.monotonic() - fell_at > GRACE_S:
+                    ended |= self.run.rank_files().keys() - exits.keys()
                     self._end_everything(launcher)
             time.sleep(POLL_S)
         result = postmortem.examine(
@@ -236,6 +238,7 @@ class Supervisor:
             launcher_code=code,
             oom_kills=postmortem.oom_kills() - int(state.get("oom_kills") or 0),
             adopted=self.adopted,
+            ended=frozenset(ended),
         )
         self._conclude(result)
         # Torch takes up to seconds to put itself away; nobody needs to wait for the launcher to do so.
@@ -310,9 +313,8 @@ class Supervisor:
         if before.get("phase") == phase and before.get("pid") == me.pid and not more.keys() - {"waits_for"}:
             return
         since = before.get("computing_since") if phase != "computing" or self.adopted else time.time()
-        kept = (
-            {k: before[k] for k in ("launcher", "oom_kills", "standby") if k in before} if phase == "computing" else {}
-        )
+        names = ("launcher", "oom_kills", "standby") if phase == "computing" else ()
+        kept: dict[str, Any] = {name: before[name] for name in names if name in before}
         state: dict[str, Any] = {
             **me.to_dict(),
             "phase": phase,
@@ -395,10 +397,8 @@ def run_standby(path: Path, flags: tuple[str, ...]) -> None:
 
     launch = Launch(flags=flags)
     mine = standby.Standby(path)
-    write_json(path / "owner.json", ProcessIdentity.of().to_dict())
     with open(path / "log.txt", "ab") as log:
         launcher = _launch(launching.command(launch, ["--standby", str(path)]), launch, log, path)
-    write_json(path / "offer.json", {"flags": list(flags), "ranks": launch.num_processes, "since": time.time()})
     while not (path / "job.json").exists():
         readable, _, _ = select.select([sys.stdin], [], [], 0.005 if mine.offer is None else 0.02)
         closed = bool(readable) and not os.read(sys.stdin.fileno(), 1)

@@ -1,9 +1,9 @@
 """One rank, started by `accelerate launch`: a small watcher, and under it the process that trains.
 
-The watcher forks before anything heavy is imported, so it costs a few MB. It is the parent that `waitpid` answers to:
-it writes `ranks/<rank>.exit.json` with the true exit code or signal, also when the launcher or the supervisor is gone, and
-then ends the same way itself so that the launcher sees what happened. If the watcher is killed, the trainer is ended with it
-by the operating system.
+The watcher forks before anything heavy is imported, so it costs a few MB. It is the parent that `waitpid` answers to,
+and writes `ranks/<rank>.exit.json` with the true exit code or signal, also when launcher and supervisor are gone. Then
+it ends the same way itself, so that the launcher sees what happened. If the watcher is killed, the operating system
+ends the trainer with it.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def toy_spec(*, run_id: str | None = None, launch: str = "", parent: str | None 
     )
 
 
-def until(true: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any:
+def until(true: Callable[[], Any], seconds: float = 150.0, what: str = "") -> Any:
     """The first truthy value of `true()`; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := true()):
@@ -69,7 +69,7 @@ def until(true: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any
     return value
 
 
-def ended(client: Client, run_id: str, seconds: float = 60.0) -> AnyEvent:
+def ended(client: Client, run_id: str, seconds: float = 150.0) -> AnyEvent:
     """The run's terminal event of the current attempt."""
     where = RunDir(Path(client.info.runs_root) / run_id)
 
@@ -87,7 +87,7 @@ def metrics(client: Client, run_id: str) -> list[AnyEvent]:
     return [event for event in client.events(run_id) if event.kind == "metric"]
 
 
-def first_metric(client: Client, run_id: str, seconds: float = 60.0) -> AnyEvent:
+def first_metric(client: Client, run_id: str, seconds: float = 150.0) -> AnyEvent:
     def look() -> AnyEvent | None:
         found = metrics(client, run_id)
         return found[0] if found else None
