@@ -23,7 +23,8 @@ def pairs_to_thumbs(rows: Iterable[Mapping[str, Any]]) -> Converted:
 
 def rankings_to_pairs(rows: Iterable[Mapping[str, Any]]) -> Converted:
     """Every two completions with different ranks: K(K-1)/2 of a ranking without ties."""
-    pairs, dropped = [], Counter()
+    pairs: list[Row] = []
+    dropped: Counter[str] = Counter()
     for row in rows:
         extra = {k: v for k, v in row.items() if k not in ("prompt", "completions", "ranks", "details")}
         for (one, one_rank), (two, two_rank) in combinations(zip(row["completions"], row["ranks"], strict=True), 2):
@@ -58,7 +59,8 @@ def to_prompts(rows: Iterable[Mapping[str, Any]]) -> Converted:
 
 def to_chat(rows: Iterable[Mapping[str, Any]]) -> Converted:
     """Rows whose text prompts are HH transcripts, with chat messages instead; other rows stay as they are."""
-    converted, dropped = [], Counter()
+    converted: list[Row] = []
+    dropped: Counter[str] = Counter()
     for row in rows:
         if not isinstance(row["prompt"], str) or "\n\nHuman:" not in row["prompt"]:
             converted.append(dict(row))
@@ -74,7 +76,9 @@ def to_chat(rows: Iterable[Mapping[str, Any]]) -> Converted:
 
 
 def _distinct_thumbs(thumbs: Iterable[tuple[Any, str, bool]]) -> Converted:
-    rows, seen, dropped = [], set(), Counter()
+    rows: list[Row] = []
+    seen: set[tuple[str, str, bool]] = set()
+    dropped: Counter[str] = Counter()
     for prompt, completion, label in thumbs:
         key = (repr(prompt), completion, label)
         if key in seen:

@@ -61,6 +61,7 @@ class Dataset:
     def rows(self) -> list[Row]:
         """The rows, each a dict."""
         if self._rows is None:
+            assert self._load is not None
             self._rows = self._load()
         return self._rows
 

@@ -23,16 +23,16 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
         StorageError: the place cannot be written.
     """
     path = Path(path).expanduser()
-    rows = [dict(row) for row in rows]
-    if not rows:
+    plain = [dict(row) for row in rows]
+    if not plain:
         raise DataError(f"{path}: 0 rows to export; nothing was written")
     name = path.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz")):
-        data = encode_rows(rows)
+        data = encode_rows(plain)
         # mtime=0: the same rows give the same file.
         data = gzip.compress(data, mtime=0) if name.endswith(".gz") else data
     elif name.endswith(".parquet"):
-        data = _parquet(rows)
+        data = _parquet(plain)
     else:
         raise DataError(
             f"{path}: cannot export to {path.suffix or 'a name without extension'!r}; use .jsonl, .jsonl.gz or .parquet"

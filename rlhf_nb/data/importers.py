@@ -87,12 +87,13 @@ def summarize(n: int, kind: str, origin: str, dropped: dict[str, int]) -> str:
 
 
 def _convert(records: list[dict[str, Any]], found: Format) -> tuple[list[Row], Counter[str]]:
-    rows, dropped = [], Counter()
+    rows: list[Row] = []
+    dropped: Counter[str] = Counter()
     for record in records:
         try:
             row = found.convert(record)
-        except Drop as reason:
-            dropped[str(reason)] += 1
+        except Drop as drop:
+            dropped[str(drop)] += 1
             continue
         except (KeyError, TypeError, AttributeError):
             # A record of another shape than the first one's.

@@ -134,7 +134,7 @@ def _file(path: Path) -> list[Record]:
     return _READERS[suffix](path, data)
 
 
-def _gunzip(path: Path, data: bytes) -> list[Record] | bytes:
+def _gunzip(path: Path, data: bytes) -> bytes:
     try:
         unpacked = gzip.decompress(data)
     except EOFError:

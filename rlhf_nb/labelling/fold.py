@@ -36,7 +36,8 @@ def pairs_from_labels(labels: Iterable[Labelled]) -> Folded:
     by_task: dict[int, list[Labelled]] = {}
     for each in sorted(labels, key=lambda each: (each.task.position, each.label.annotator)):
         by_task.setdefault(each.task.id, []).append(each)
-    rows, dropped = [], Counter()
+    rows: list[Row] = []
+    dropped: Counter[str] = Counter()
     for votes in by_task.values():
         count = Counter(each.label.choice for each in votes)
         if count["a"] == count["b"]:
@@ -67,7 +68,8 @@ def win_rate(labels: Iterable[Labelled], of: str, against: str | None = None, *,
     """
     from rlhf_nb.statistics import win_rates
 
-    count, names = Counter(), set()
+    count: Counter[str] = Counter()
+    names: set[str] = set()
     for each in labels:
         sources = {side: each.task.item.get(f"{side}_from") for side in ("a", "b")}
         names.update(name for name in sources.values() if name)

@@ -51,7 +51,7 @@ class Audit(Database):
         if action is not None:
             query = query.where(audit.c.action == action)
         with self._read() as connection:
-            return [_row(row._mapping) for row in reversed(connection.execute(query).all())]
+            return [_row(dict(row._mapping)) for row in reversed(connection.execute(query).all())]
 
     def verify_audit(self, *, expected_head: str | None = None) -> AuditCheck:
         """Walk the chain from its start.
@@ -67,7 +67,7 @@ class Audit(Database):
                     reason = f"row {count + 1} is missing"
                 elif row["previous"] != previous:
                     reason = "it does not follow the row before"
-                elif row["hash"] != _link(row):
+                elif row["hash"] != _link(dict(row)):
                     reason = "its content does not have its hash"
                 if reason is not None:
                     return AuditCheck(False, count, previous, broken_seq=row["seq"], reason=reason)

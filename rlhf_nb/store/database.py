@@ -131,10 +131,10 @@ class Database:
     def _insert(self, table: sa.Table) -> Any:
         """An INSERT of the right dialect: both know ON CONFLICT."""
         if self._place.is_sqlite:
-            from sqlalchemy.dialects import sqlite as dialect
+            from sqlalchemy.dialects.sqlite import insert
         else:
-            from sqlalchemy.dialects import postgresql as dialect
-        return dialect.insert(table)
+            from sqlalchemy.dialects.postgresql import insert  # type: ignore[assignment]
+        return insert(table)
 
     def _refuse_when_closed(self) -> None:
         if self._closed:

@@ -93,7 +93,7 @@ class Datasets(Database):
             ).first()
             if latest is not None and latest.content_hash == content and latest.kind == kind:
                 return _record(latest)
-            values = {
+            values: dict[str, Any] = {
                 "name": name,
                 "version": 1 if latest is None else latest.version + 1,
                 "kind": kind,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sqlite3
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +79,7 @@ def _sqlite_engine(place: Place, lock_timeout_s: float) -> Engine:
     engine = sa.create_engine(place.url, connect_args={"timeout": lock_timeout_s, "check_same_thread": False})
 
     @sa.event.listens_for(engine, "connect")
-    def configure(connection, _record) -> None:
+    def configure(connection: sqlite3.Connection, _record: object) -> None:
         # The driver's own implicit BEGIN is deferred and skips DDL; `begin` below says it instead.
         connection.isolation_level = None
         cursor = connection.cursor()
@@ -88,7 +90,7 @@ def _sqlite_engine(place: Place, lock_timeout_s: float) -> Engine:
         cursor.close()
 
     @sa.event.listens_for(engine, "begin")
-    def begin(connection) -> None:
+    def begin(connection: sa.Connection) -> None:
         # A deferred transaction that later writes fails at once with SQLITE_BUSY, whatever the busy time-out.
         write = connection.get_execution_options().get(WRITE)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
@@ -96,9 +98,7 @@ def _sqlite_engine(place: Place, lock_timeout_s: float) -> Engine:
     return engine
 
 
-def _switch_to_wal(cursor, lock_timeout_s: float) -> None:
-    import sqlite3
-
+def _switch_to_wal(cursor: sqlite3.Cursor, lock_timeout_s: float) -> None:
     deadline = time.monotonic() + lock_timeout_s
     while True:
         try:
@@ -125,7 +125,7 @@ def _postgres_engine(place: Place, lock_timeout_s: float) -> Engine:
 
 
 @contextlib.contextmanager
-def opening(place: Place, lock_timeout_s: float):
+def opening(place: Place, lock_timeout_s: float) -> Iterator[None]:
     """Like `database_border`, for the first contact: a server that does not answer is said as such."""
     try:
         with database_border(place.shown, lock_timeout_s):

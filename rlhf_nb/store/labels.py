@@ -30,7 +30,8 @@ class Labels(Database):
         Args:
             source: the data set or run the items come from.
         """
-        wanted, seen = [], Counter()
+        wanted: list[tuple[str, dict[str, Any]]] = []
+        seen: Counter[str] = Counter()
         for item in items:
             key = hashlib.sha256(canonical_json([mode, item]).encode("utf-8")).hexdigest()
             seen[key] += 1
@@ -198,7 +199,7 @@ class Labels(Database):
             .group_by(standing.c.choice)
         )
         with self._read() as connection:
-            choices = dict(connection.execute(query).all())
+            choices = {str(choice): int(n) for choice, n in connection.execute(query)}
             total = connection.execute(sa.select(sa.func.count()).where(tasks.c.queue == queue)).scalar_one()
         return Progress(done=sum(choices.values()), total=total, choices=choices)
 
@@ -225,7 +226,7 @@ class Labels(Database):
             standing = before.id if before is not None and before.choice is not None else None
             if choice is None and standing is None:
                 raise StoreError(f"task {task_id}: {annotator} has no answer to take back")
-            values = {
+            values: dict[str, Any] = {
                 "task_id": task_id,
                 "client_id": client_id,
                 "choice": choice,
@@ -237,7 +238,7 @@ class Labels(Database):
                 "provenance": dict(fields.get("provenance") or {}),
                 "created": now(),
             }
-            key = connection.execute(labels.insert().values(values)).inserted_primary_key[0]
+            key = connection.execute(labels.insert().values(values).returning(labels.c.id)).scalar_one()
         return LabelRow(id=key, **values)
 
 

@@ -27,7 +27,7 @@ class Models(Database):
         info: Mapping[str, Any] | None = None,
     ) -> ModelRecord:
         """Enter a saved model. The newest of a name is the one the name means; the same entry twice is one."""
-        values = {
+        values: dict[str, Any] = {
             "name": name,
             "run_id": run_id,
             "role": role,
@@ -42,7 +42,7 @@ class Models(Database):
             if latest is not None and all(getattr(latest, key) == value for key, value in values.items()):
                 return ModelRecord(**latest._mapping)
             values["created"] = now()
-            key = connection.execute(models.insert().values(values)).inserted_primary_key[0]
+            key = connection.execute(models.insert().values(values).returning(models.c.id)).scalar_one()
         return ModelRecord(id=key, **values)
 
     def model(self, name: str) -> ModelRecord:

@@ -166,9 +166,9 @@ class Runs(Database):
 
     def add_attach(self, target: str, info: Mapping[str, Any] | None = None) -> AttachRecord:
         """Note an attach: what was attached, and what it said of itself."""
-        values = {"target": target, "info": dict(info or {}), "created": now()}
+        values: dict[str, Any] = {"target": target, "info": dict(info or {}), "created": now()}
         with self._write() as connection:
-            key = connection.execute(attaches.insert().values(values)).inserted_primary_key[0]
+            key = connection.execute(attaches.insert().values(values).returning(attaches.c.id)).scalar_one()
         return AttachRecord(id=key, **values)
 
     def attaches(self) -> list[AttachRecord]:

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from rlhf_nb.errors import SchemaError, SpecError, StorageError, StoreError
 from rlhf_nb.store import Store
+from rlhf_nb.store.engine import locate, make_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,19 +107,21 @@ def test_an_interrupted_creation_is_started_again(tmp_path):
         assert store.datasets() == []
 
 
-def test_a_failed_upgrade_leaves_nothing_behind(tmp_path, monkeypatch):
-    from alembic import command
+def test_a_failed_upgrade_leaves_nothing_behind(target, monkeypatch):
+    def power_cut(*_):
+        raise RuntimeError("after the tables, before the triggers")
 
-    def half(config, revision):
-        config.attributes["connection"].exec_driver_sql("CREATE TABLE half (x INTEGER)")
-        raise RuntimeError("power cut")
-
-    monkeypatch.setattr(command, "upgrade", half)
+    monkeypatch.setattr("alembic.op.execute", power_cut)
     with pytest.raises(RuntimeError):
-        Store.open(tmp_path)
+        Store.open(target)
     monkeypatch.undo()
-    with Store.open(tmp_path) as store, store._read() as connection:
-        assert "half" not in sa.inspect(connection).get_table_names()
+    place = locate(target)
+    engine = make_engine(place, 1.0)
+    with engine.connect() as connection:
+        assert sa.inspect(connection).get_table_names() == []
+    engine.dispose()
+    with Store.open(target) as store:
+        assert store.verify_audit()
 
 
 def test_a_closed_workspace_says_so(store):
