@@ -1,0 +1,90 @@
+"""A run that died goes on from its checkpoint as if nothing had happened."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_nb.compute.rundir import append_line
+from rlhf_nb.errors import RewardError
+from rlhf_nb.protocol.control import SetCoefficient
+from rlhf_nb.protocol.fold import RunFold
+from rlhf_nb.protocol.spec import FunctionReward
+from rlhf_nb.toy import demonstrations, pairs
+from rlhf_nb.training import checkpoints
+
+CONFIG = {"max_steps": 8, "batch_size": 4, "sample_tokens": 4, "learning_rate": 3e-3, "max_length": 200}
+
+
+def dies(path) -> FunctionReward:
+    """A gold reward that raises once."""
+    source = (
+        f"def dies(prompts, completions, **columns):\n    import os\n    if os.path.exists({str(path)!r}):\n"
+        f"        os.remove({str(path)!r})\n        raise RuntimeError('the machine is gone')\n    return [0.0] * len(completions)"
+    )
+    return FunctionReward(name="dies", source=source)
+
+
+@pytest.mark.parametrize(("method", "rows"), [("sft", demonstrations(12)), ("dpo", pairs(12))])
+@pytest.mark.parametrize("every", [3, 5])
+def test_the_curve_after_a_restart_is_the_one_of_a_run_that_never_died(job, trace, method, rows, every):
+    # 12 rows in batches of 4: an epoch is 3 steps, so checkpoints at 3 and 5 lie at an epoch's end and within one.
+    config = {**CONFIG, "checkpoint_every": every, "sample_every": 6}
+    whole = job(method, rows, name="whole", config=config, gold=dies(job.root / "never"))
+    trap = job.root / "trap"
+    trap.touch()
+    place = job.prepare(method, rows, name="killed", config=config, gold=dies(trap))
+    with pytest.raises(RewardError, match="the machine is gone"):
+        job.run(place)
+    last = checkpoints.latest(place.path)
+    assert checkpoints.step_of(last) == (6 if every == 3 else 5) - (3 if every == 3 else 0)
+    job.run(place, attempt=2, resume_from=last)
+
+    fold = RunFold()
+    for event in place.events():
+        fold.add(event)
+    assert [e.seq for e in place.events()] == list(range(1, fold.last_seq + 1))
+    (resumed,) = [e for e in place.events() if e.kind == "resumed"]
+    assert (resumed.attempt, resumed.from_step) == (2, checkpoints.step_of(last))
+    assert fold.attempt == 2
+    losses = {row["step"]: row["loss"] for row in fold.table()}
+    assert losses == trace(whole, "loss")
+    assert {row["step"]: row["data/tokens"] for row in fold.table()} == trace(whole, "data/tokens")
+    assert (place.model / "model.safetensors").read_bytes() == (whole.model / "model.safetensors").read_bytes()
+
+
+def test_a_restart_keeps_the_coefficients_of_the_checkpoint_and_forgets_later_ones(job, trace):
+    rows = pairs(12)
+    place = job.prepare("dpo", rows, config={**CONFIG, "checkpoint_every": 2, "max_steps": 4, "sample_every": 0})
+    early = SetCoefficient(name="beta", value=0.5)
+    append_line(place.control_path, early.model_dump())
+    job.run(place)
+    late = SetCoefficient(name="learning_rate", value=1e-5)
+    append_line(place.control_path, late.model_dump())
+    job.run(place, attempt=2, resume_from=checkpoints.directory(place.path, 2))
+    started = [e for e in place.events() if e.kind == "started"][-1]
+    assert {c.name: c.value for c in started.coefficients} == {"beta": 0.5, "learning_rate": 3e-3}
+    changes = [e for e in place.events() if e.kind == "coefficient_changed"]
+    # The first was acted on by the first attempt; it is neither repeated nor lost.
+    assert [(c.id, c.effective_step) for c in changes] == [(early.id, 1), (late.id, 3)]
+    implicit, ratio = trace(place, "implicit_reward/margin"), trace(place, "log_ratio/margin")
+    assert implicit[4] == pytest.approx(0.5 * ratio[4], rel=1e-5)
+
+
+def test_a_restart_without_a_checkpoint_supersedes_everything(job):
+    place = job.prepare("sft", demonstrations(6), config={**CONFIG, "max_steps": 2, "sample_every": 0})
+    job.run(place)
+    job.run(place, attempt=2)
+    fold = RunFold()
+    for event in place.events():
+        fold.add(event)
+    assert [row["step"] for row in fold.table()] == [1, 2]
+    assert len(fold.rows) == 2
+
+
+def test_a_checkpoint_that_was_being_written_is_not_taken(job):
+    place = job.prepare("sft", demonstrations(6))
+    assert checkpoints.latest(place.path) is None
+    (place.path / "checkpoints" / ".saving" / "checkpoint-9").mkdir(parents=True)
+    for step in (2, 10, 4):
+        checkpoints.directory(place.path, step).mkdir(parents=True)
+    assert checkpoints.step_of(checkpoints.latest(place.path)) == 10
