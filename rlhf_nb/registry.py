@@ -59,5 +59,13 @@ methods = Registry(
 rewards = Registry("reward", "rlhf_nb.rewards", {"toy-true": "rlhf_nb.toy.reward:true_reward"})
 """Reward functions `f(prompts, completions, **columns) -> list[float]`."""
 
-launchers = Registry("launcher", "rlhf_nb.launchers", {"local": "rlhf_nb.compute.transports.local:LocalKernel"})
+launchers = Registry(
+    "launcher",
+    "rlhf_nb.launchers",
+    {
+        "local": "rlhf_nb.compute.transports.local:LocalKernel",
+        "kernel": "rlhf_nb.compute.transports.kernel_file:KernelFile",
+        "server": "rlhf_nb.compute.transports.server:Server",
+    },
+)
 """How the compute side's Jupyter kernel is started or found: classes with `to_dict` and `from_dict`."""

@@ -241,6 +241,9 @@ class Client:
             subscription = self._subscriptions.get(data["sub"])
             if subscription is not None:
                 self._deliveries.put((subscription, data, content))
+        elif "reconnected" in data:
+            for subscription in list(self._subscriptions.values()):
+                self._send_subscribe(subscription)
         elif "standby" in data and hasattr(self, "info"):
             self._tell(replace(self.info, **_standby_fields(data["standby"])))
 

@@ -12,7 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from rlhf_nb import errors
-from rlhf_nb.compute.transports.base import Launcher
+from rlhf_nb.compute.transports.base import RECONNECTED, Launcher
 from rlhf_nb.errors import AttachError, ComputeError, RlhfError
 
 TARGET = "rlhf_nb.agent"
@@ -141,6 +141,9 @@ class Connection:
 
     def _received(self, message: dict[str, Any]) -> None:
         kind, content = message["header"]["msg_type"], message["content"]
+        if kind == RECONNECTED:
+            self._fail_waiting("the line to the server was down")
+            self._on_data({"reconnected": True}, b"")
         if kind in ("comm_msg", "comm_close"):
             if content.get("comm_id") == self._comm:
                 self._from_agent(kind, content.get("data") or {}, message.get("buffers") or [])
@@ -179,11 +182,15 @@ class Connection:
             if self._lost is not None:
                 return
             self._lost = reason
+        self._fail_waiting(reason)
+        self._on_lost(reason)
+
+    def _fail_waiting(self, reason: str) -> None:
+        with self._lock:
             waiting, self._waiting = list(self._waiting.values()), {}
         for future in waiting:
             if not future.done():
                 future.set_exception(ConnectionLostError(reason))
-        self._on_lost(reason)
 
     def _raise_if_lost(self) -> None:
         if self._lost is not None:

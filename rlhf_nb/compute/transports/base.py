@@ -9,6 +9,9 @@ Channel = Literal["shell", "control"]
 OnMessage = Callable[[dict[str, Any]], None]
 OnLost = Callable[[str], None]
 
+RECONNECTED = "rlhf_reconnected"
+"""Type of a message that a link makes itself when a dropped line stands again."""
+
 
 class Link(Protocol):
     """Messages to and from one kernel, as the Jupyter protocol has them. Thread-safe."""
