@@ -167,7 +167,7 @@ def save_tiny_model(directory: Path, *, dropout: float = 0.1, **settings: object
     )
     sizes = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 256, "attention_dropout": dropout,
+        "num_attention_heads": 2, "max_position_embeddings": 512, "attention_dropout": dropout,
         "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
     }  # fmt: skip
     torch.manual_seed(0)

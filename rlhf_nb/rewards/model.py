@@ -42,8 +42,7 @@ class RewardModelScorer:
         tokenizer = models.load_tokenizer(path, emit)
         kwargs = {"dtype": dtype} if dtype is not None else {}
         model = models.load_model(path, AutoModelForSequenceClassification, num_labels=1, **kwargs)
-        # Where it is missing, transformers refuses batches: the classifier finds the last token by the pads after it.
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.config.get_text_config().pad_token_id = _pad_token_id(model.config.get_text_config(), tokenizer)
         model.eval().requires_grad_(False)
         if device is not None:
             model.to(device)
@@ -70,7 +69,7 @@ class RewardModelScorer:
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
             width = max(len(ids[index]) for index in indices)
-            pad = self.tokenizer.pad_token_id
+            pad = self.model.config.get_text_config().pad_token_id
             input_ids = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in indices], device=device)
             mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in indices], device=device)
             with torch.no_grad():
@@ -81,6 +80,19 @@ class RewardModelScorer:
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[float]:
         return self.score(prompts, completions)
+
+
+def _pad_token_id(config: Any, tokenizer: Any) -> int:
+    """The id after which transformers' classifiers look for the last token, and so which token is scored.
+
+    What the model was trained with counts: padded with its end token, it is scored one token before the end. Where that is
+    not recorded, any id but the end token's scores the end.
+    """
+    if config.pad_token_id is not None:
+        return int(config.pad_token_id)
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return int(tokenizer.pad_token_id)
+    return 0 if tokenizer.eos_token_id != 0 else 1
 
 
 def check_head(path: str) -> None:
