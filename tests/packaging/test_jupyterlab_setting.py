@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,6 +16,16 @@ from pathlib import Path
 import pytest
 
 PLUGIN = "@jupyterlab/apputils-extension:kernels-settings"
+
+
+def _answering(runtime: Path) -> str | None:
+    """URL of the server that wrote its file under `runtime`, once it answers."""
+    for file in runtime.glob("jpserver-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            url: str = json.loads(file.read_text())["url"]
+            with urllib.request.urlopen(f"{url}api", timeout=5):
+                return url
+    return None
 
 
 @pytest.fixture
@@ -38,10 +49,12 @@ def lab(tmp_path: Path) -> Iterator[str]:
         )
     try:
         deadline = time.monotonic() + 120
-        while not (found := list(runtime.glob("jpserver-*.json"))):
-            assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "lab.log").read_text()
+        # The file is written before the server listens.
+        while not (url := _answering(runtime)):
+            assert server.poll() is None, (tmp_path / "lab.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "lab.log").read_text()
             time.sleep(0.1)
-        yield json.loads(found[0].read_text())["url"]
+        yield url
     finally:
         server.terminate()
         server.wait(timeout=30)
