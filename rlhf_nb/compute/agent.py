@@ -37,7 +37,7 @@ from rlhf_nb.compute.supervisor import Lock, ensure_supervised, hand_over, paren
 from rlhf_nb.compute.turns import Turns
 from rlhf_nb.errors import ComputeError, NotFoundError, RlhfError, SpecError, did_you_mean
 from rlhf_nb.protocol.control import parse_control
-from rlhf_nb.protocol.events import Resumed
+from rlhf_nb.protocol.events import TERMINAL, Resumed
 from rlhf_nb.protocol.spec import BlobData, Launch, RunSpec
 
 CHUNK = 1 << 20
@@ -45,6 +45,8 @@ CHUNK = 1 << 20
 PUSH_S = 0.025
 """Seconds between two pushes to one subscriber, except while it catches up."""
 LOOK_S = 0.008
+VERDICT_S = 3.0
+"""Seconds to wait for a supervisor's verdict on a run whose processes are gone."""
 _SEQ = re.compile(rb'"seq": ?(\d+)')
 _BLOB_NAME = re.compile(r"[0-9a-f]{16,128}")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -127,7 +129,7 @@ class Agent:
                     said = state
                     for session in list(self.sessions):
                         session.send({"standby": state})
-            except Exception:
+            except Exception:  # noqa: BLE001
                 # A full disk or a vanished directory must not end the watching; the next look may succeed.
                 traceback.print_exc()
             self._closing.wait(0.1)
@@ -184,7 +186,7 @@ class Agent:
                 for subscription in list(session.subscriptions.values()):
                     try:
                         busy |= subscription.push()
-                    except Exception:
+                    except Exception:  # noqa: BLE001 - one subscriber's log must not silence the others
                         traceback.print_exc()
                         session.subscriptions.pop(subscription.name, None)
             if not busy:
@@ -282,7 +284,14 @@ class Agent:
         return self.run_dir(run_id).spec().model_dump(mode="json")
 
     def op_status(self, run_id: str) -> dict[str, Any]:
-        return listing.describe(self.run_dir(run_id))
+        """One row. Where the processes have just gone, it waits for the supervisor to write how they ended."""
+        run = self.run_dir(run_id)
+        deadline = time.monotonic() + VERDICT_S
+        while True:
+            row = listing.describe(run)
+            if row["phase"] == "ended" or row["state"] not in TERMINAL or time.monotonic() > deadline:
+                return row
+            time.sleep(0.02)
 
     def op_events(self, run_id: str, since: int) -> tuple[dict[str, Any], bytes]:
         reader = Reader(self, self.run_dir(run_id), since)
@@ -371,7 +380,7 @@ class Session:
             if isinstance(result, tuple):
                 result, content = result
             self.send({"re": asked, "ok": True, "result": result}, content)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it travels to whoever asked
             if not isinstance(error, RlhfError):
                 traceback.print_exc()
             said = {"type": type(error).__name__, "message": str(error)}

@@ -260,7 +260,7 @@ class Client:
             try:
                 if not subscription._take(data["first"], content):
                     self._send_subscribe(subscription)
-            except Exception:
+            except Exception:  # noqa: BLE001
                 # A callback's fault is its own; the next batch and the other subscribers still get theirs.
                 traceback.print_exc()
 

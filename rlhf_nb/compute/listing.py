@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from rlhf_nb.compute import launch as launching
-from rlhf_nb.compute.rundir import LineTail, RunDir
+from rlhf_nb.compute.rundir import LineTail, ProcessIdentity, RunDir
 
 _ENDED: dict[tuple[str, int], dict[str, Any]] = {}
 
@@ -51,6 +51,9 @@ def describe(run: RunDir) -> dict[str, Any]:
     key = (str(run.path), run.exit_path.stat().st_mtime_ns) if ended is not None else None
     if key in _ENDED:
         return _ENDED[key]
+    if ended is not None and not run.said_its_end():
+        # Until the terminal event is there, a reader of the events would find no reason for the end.
+        ended = None
     spec = run.spec()
     row: dict[str, Any] = {
         "run_id": run.run_id,
@@ -75,12 +78,20 @@ def describe(run: RunDir) -> dict[str, Any]:
         return row
     watcher = run.supervisor() or {}
     phase = watcher.get("phase", "waiting")
-    row |= {"phase": phase, "alive": run.supervised() or run.alive()}
+    ranks = [ProcessIdentity.from_dict(rank) for rank in run.rank_files().values()]
+    begun = bool(ranks)
+    row |= {"phase": phase, "alive": any(rank and rank.alive() for rank in ranks) if begun else run.supervised()}
     state, step, stage = _live(run) if phase == "computing" else ("waiting", None, "")
-    if phase == "computing" and not row["alive"]:
-        # The next supervisor will write how it ended; until then nobody may read that it runs.
-        state, row["reason"] = "failed", "its processes are gone"
+    if phase in ("computing", "ended") and not row["alive"]:
+        # A supervisor is about to write how it ended; until then nobody may read that it runs.
+        state, row["reason"] = _meant(run) or "failed", "its processes are gone"
     return row | {"state": state, "step": step, "stage": stage}
+
+
+def _meant(run: RunDir) -> str | None:
+    """How rank 0 meant to end, if it said so."""
+    last = run.last_events(1 << 16)
+    return last[-1]["outcome"] if last and last[-1]["kind"] == "training_ended" else None
 
 
 def _live(run: RunDir) -> tuple[str, int | None, str]:

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from rlhf_nb.errors import StorageError
-from rlhf_nb.protocol.events import AnyEvent, parse_event
+from rlhf_nb.protocol.events import TERMINAL, AnyEvent, parse_event
 from rlhf_nb.protocol.spec import RunSpec
 
 _WAYS_OUT = {
@@ -252,6 +252,11 @@ class RunDir:
             return []
         lines = data[: data.rfind(b"\n") + 1].splitlines()
         return [json.loads(line) for line in (lines if size <= window else lines[1:]) if line.strip()]
+
+    def said_its_end(self) -> bool:
+        """True where the log's last line is a terminal event."""
+        last = self.last_events(1 << 17)
+        return bool(last) and last[-1]["kind"] in TERMINAL
 
     def events(self, since: int = 0) -> list[AnyEvent]:
         return [event for event in map(parse_event, LineTail(self.events_path).read_raw()) if event.seq > since]

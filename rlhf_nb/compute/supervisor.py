@@ -44,7 +44,9 @@ GRACE_S = 5.0
 def ensure_supervised(run_dir: Path | str) -> bool:
     """Start a supervisor for a run that has not ended and has none. True where one was started."""
     run = RunDir(run_dir)
-    if not run.spec_path.exists() or run.exit() is not None or run.supervised() or _locked(run):
+    if not run.attempt_path.exists() or run.supervised() or (run.exit() is not None and run.said_its_end()):
+        return False
+    if _locked(run):
         return False
     start_supervisor(run)
     return True
@@ -279,8 +281,7 @@ class Supervisor:
 
     def _append_terminal(self, ended: dict[str, Any]) -> None:
         """Idempotent: a supervisor that died between exit.json and here is made good by the next."""
-        last = self.run.last_events()
-        if not (last and last[-1]["kind"] in ("finished", "stopped", "failed")):
+        if not self.run.said_its_end():
             events: list[Event] = []
             if ended["adopted"]:
                 text = "the run's supervisor was gone; another watched it to its end"

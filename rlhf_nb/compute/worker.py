@@ -102,7 +102,7 @@ def _train(arguments: argparse.Namespace, rank: int, watcher: ProcessIdentity) -
         code = leaving.code if isinstance(leaving.code, int) else (0 if leaving.code is None else 1)
         _record_error(arguments, rank, leaving) if code else None
         _leave(code)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever ends a rank is what the run's end must name
         _record_error(arguments, rank, error)
         # Not sys.exit: a process group whose other ranks are stuck would hold the interpreter's exit up for minutes.
         _leave(1)

@@ -19,10 +19,10 @@ _CHANNELS = ("iopub", "shell", "control")
 
 @dataclass(frozen=True)
 class Server:
-    """A Jupyter Server with this package in one of its kernels. Anyone with its token can run code there.
+    """A Jupyter Server with this package in one of its kernels. Who has its token can run code there.
 
-    The token is read from the environment variable `token_env`, or taken out of a URL that carries one. It travels in the
-    Authorization header: a hub refuses URL tokens on the websocket, and URLs end up in logs.
+    The token is read from the environment variable `token_env`, or taken out of a URL that carries one. It travels in
+    the Authorization header: a hub refuses URL tokens on the websocket, and URLs end up in logs.
     """
 
     url: str
