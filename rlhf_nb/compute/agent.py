@@ -33,7 +33,7 @@ from rlhf_nb.compute.rundir import (
     storage_errors,
     write_json,
 )
-from rlhf_nb.compute.supervisor import Lock, ensure_supervised, hand_over, parent_state, start_supervisor
+from rlhf_nb.compute.supervisor import Lock, ensure_supervised, hand_over, parent_state, reap, start_supervisor
 from rlhf_nb.compute.turns import Turns
 from rlhf_nb.errors import ComputeError, NotFoundError, RlhfError, SpecError, did_you_mean
 from rlhf_nb.protocol.control import parse_control
@@ -119,6 +119,7 @@ class Agent:
         while not self._closing.is_set():
             try:
                 self._children = [child for child in self._children if child.poll() is None]
+                reap()
                 if time.monotonic() - looked > 1:
                     looked = time.monotonic()
                     for run_id in self.turns.unfinished():
@@ -275,7 +276,7 @@ class Agent:
                     if taken is not None:
                         hand_over(run, taken)
                         return
-        self._children.append(start_supervisor(run))
+        start_supervisor(run)
 
     def op_runs(self) -> list[dict[str, Any]]:
         return listing.runs(self.runs_root)
@@ -431,8 +432,10 @@ class Reader:
     def chunk(self) -> tuple[bytes, int, int]:
         """Lines, first and last seq. Empty with first = last = 0 where there is nothing new."""
         while True:
+            before = self._tail.offset
             lines = self._tail.read_raw(CHUNK)
-            self.more = bool(lines)
+            # A read that filled the chunk; a short one has come to the end of the log.
+            self.more = self._tail.offset - before > CHUNK // 2
             if not lines:
                 return b"", 0, 0
             last = _seq(lines[-1])
@@ -466,5 +469,4 @@ class Subscription:
             return False
         self._pushed = time.monotonic()
         self.session.send({"sub": self.name, "first": first, "last": last}, data)
-        self.reader.more = len(data) > CHUNK // 2
         return self.reader.more

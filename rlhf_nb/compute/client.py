@@ -319,12 +319,17 @@ class Client:
     def events(self, run_id: str, since: int = 0) -> list[AnyEvent]:
         """Every event after `since`."""
         found: list[AnyEvent] = []
-        more = True
-        while more:
-            said, content = self.request("events", run_id=run_id, since=since)
-            found += parse_lines(content)
-            since, more = said["last"] or since, said["more"]
-        return found
+        said, content = self.request("events", run_id=run_id, since=since)
+        while said["more"]:
+            # The agent reads the next piece while this one is parsed.
+            connection = self._live(REQUEST_S)
+            try:
+                coming = connection.begin("events", {"run_id": run_id, "since": said["last"]})
+                found += parse_lines(content)
+                said, content = connection.answer(coming, "events", REQUEST_S)
+            except ConnectionLostError:
+                return found + self.events(run_id, found[-1].seq if found else since)
+        return found + parse_lines(content)
 
     def subscribe(self, run_id: str, since: int, callback: Callback) -> Subscription:
         """`callback` with every event after `since`, in order, each once, until `close`."""

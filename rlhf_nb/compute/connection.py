@@ -114,6 +114,10 @@ class Connection:
             ConnectionLostError: The kernel went away before it answered.
             RlhfError: What the agent raised, as the same class.
         """
+        return self.answer(self.begin(op, arguments, content), op, timeout)
+
+    def begin(self, op: str, arguments: dict[str, Any], content: bytes | None = None) -> Future[Any]:
+        """Send a request; `answer` waits for its result."""
         future: Future[Any] = Future()
         asked = uuid.uuid4().hex
         with self._lock:
@@ -121,11 +125,14 @@ class Connection:
                 raise ConnectionLostError(self._lost)
             self._waiting[asked] = future
         self.post(op, arguments, content, asked)
+        return future
+
+    def answer(self, future: Future[Any], op: str, timeout: float) -> Any:
         try:
             return future.result(timeout)
         except FutureTimeoutError:
             with self._lock:
-                self._waiting.pop(asked, None)
+                self._waiting = {name: one for name, one in self._waiting.items() if one is not future}
             raise ComputeError(
                 f"{op}: no answer from {self._launcher.name} after {timeout:g} s; is its kernel busy?"
             ) from None

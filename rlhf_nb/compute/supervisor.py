@@ -52,15 +52,26 @@ def ensure_supervised(run_dir: Path | str) -> bool:
     return True
 
 
-def start_supervisor(run: RunDir) -> subprocess.Popen[bytes]:
+_started: list[subprocess.Popen[bytes]] = []
+"""Detached, but still this process's children: they are reaped when the next one starts, and by `reap`."""
+
+
+def start_supervisor(run: RunDir) -> None:
     with open(run.log_path, "ab") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "rlhf_nb.compute.supervisor", str(run.path)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
+    reap()
+    _started.append(process)
+
+
+def reap() -> None:
+    """Take leave of supervisors that have ended, so that they do not stay as zombies."""
+    _started[:] = [process for process in _started if process.poll() is None]
 
 
 def parent_state(runs_root: Path, parent: str) -> tuple[str, str]:

@@ -1,0 +1,172 @@
+"""The run directory: whole lines, one writer, and what happens when the disk says no."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_nb.compute import agent as agent_module
+from rlhf_nb.compute.agent import Agent
+from rlhf_nb.compute.rundir import EventWriter, LineTail, ProcessIdentity, RunDir, append_line, write_json
+from rlhf_nb.compute.supervisor import ensure_supervised
+from rlhf_nb.errors import ComputeError, NotFoundError, StorageError
+from rlhf_nb.protocol.events import Metric, Notice
+from rlhf_nb.protocol.spec import Launch
+
+from .conftest import BLOBS, toy_spec, until
+
+
+def test_a_torn_last_line_is_dropped_and_seq_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    writer = EventWriter(path)
+    for step in range(3):
+        writer.write(Metric(step=step, values={}))
+    writer.close()
+    with open(path, "ab") as handle:
+        handle.write(b'{"seq":4,"t":1.0,"kind":"met')
+    again = EventWriter(path)
+    assert again.write(Notice(code="x", text="y")).seq == 4
+    again.close()
+    assert [json.loads(line)["seq"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_line_longer_than_a_page_is_repaired_too(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    writer = EventWriter(path)
+    writer.write(Notice(code="long", text="x" * 300_000))
+    writer.close()
+    with open(path, "ab") as handle:
+        handle.write(b'{"seq":2,' + b"y" * 200_000)
+    again = EventWriter(path)
+    assert again.last_seq == 1
+    again.close()
+
+
+def test_a_tail_gives_whole_lines_only(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    tail = LineTail(path)
+    assert tail.read() == []
+    path.write_bytes(b'{"a":1}\n{"a":')
+    assert tail.read() == [{"a": 1}]
+    with open(path, "ab") as handle:
+        handle.write(b"2}\n")
+    assert tail.read() == [{"a": 2}]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_a_refused_write_is_one_line_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(StorageError) as caught:
+        append_line(tmp_path / "control.jsonl", {"op": "pause"})
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "control.jsonl"))
+    assert isinstance(caught.value, OSError)
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> agent_module.Agent:
+    found = Agent(tmp_path / "runs", Launch(), keep_standby=False)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_submit_that_finds_no_room_leaves_nothing_behind(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    spec = toy_spec()
+    for name, content in BLOBS.items():
+        agent.op_put_blob(name, 0, True, content)
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(StorageError, match=spec.run_id):
+            agent.op_submit(spec.model_dump(mode="json"))
+    assert not (agent.runs_root / spec.run_id).exists()
+    assert agent.op_runs() == []
+    assert agent.turns.unfinished() == []
+
+
+def test_rows_that_arrive_damaged_are_refused(agent: Agent) -> None:
+    name = next(iter(BLOBS))
+    agent.op_put_blob(name, 0, False, b"something ")
+    with pytest.raises(ComputeError, match="rows arrived damaged"):
+        agent.op_put_blob(name, 10, True, b"else")
+    assert agent.op_has_blob([name]) == [False]
+    content = BLOBS[name]
+    agent.op_put_blob(name, 0, False, content[:7])
+    agent.op_put_blob(name, 7, True, content[7:])
+    assert agent.op_has_blob([name]) == [True]
+
+
+def test_a_spec_whose_rows_never_came_is_refused(agent: Agent) -> None:
+    with pytest.raises(ComputeError, match='data "counting" has not arrived'):
+        agent.op_submit(toy_spec().model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("name", ["../escape", "", ".hidden", "a/b"])
+def test_a_run_id_cannot_leave_the_runs_root(agent: Agent, name: str) -> None:
+    with pytest.raises(NotFoundError):
+        agent.op_spec(name)
+    with pytest.raises(ValueError, match="cannot name a directory"):
+        agent.op_submit(toy_spec(run_id="x").model_copy(update={"run_id": name}).model_dump(mode="json"))
+
+
+def test_a_supervisor_that_died_before_its_last_line_is_made_good(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "probe-x")
+    run.create(toy_spec(run_id="probe-x"))
+    write_json(run.attempt_path, {"attempt": 1, "resume_from": None})
+    ended = {"attempt": 1, "outcome": "failed", "reason": "the test says so", "code": 1, "signal": None, "rank": 0}
+    ended |= {"out_of_memory": False, "oom_evidence": None, "step": 3, "seconds": 1.0, "adopted": False, "log_tail": []}
+    write_json(run.exit_path, ended)
+    assert ensure_supervised(run.path)
+    until(run.said_its_end, 60)
+    assert run.events()[-1].reason == "the test says so"
+    until(lambda: not run.supervised(), 30)
+    assert not ensure_supervised(run.path)
+
+
+def test_a_process_is_known_by_more_than_its_pid() -> None:
+    me = ProcessIdentity.of()
+    assert me.alive()
+    assert not ProcessIdentity(me.pid, me.created - 100).alive()
+
+
+def test_a_reader_starts_where_the_log_was_last_read(agent: Agent) -> None:
+    run = RunDir(agent.runs_root / "probe-y")
+    run.create(toy_spec(run_id="probe-y"))
+    writer = EventWriter(run.events_path)
+    for step in range(1000):
+        writer.write(Metric(step=step, values={"loss/total": 1.0}))
+    said, data = agent.op_events("probe-y", 0)
+    assert (said["first"], said["last"], len(data.splitlines())) == (1, 1000, 1000)
+    writer.write(Metric(step=1001, values={}))
+    writer.close()
+    assert agent.offsets["probe-y"].before(1000) > 50_000
+    said, data = agent.op_events("probe-y", 1000)
+    assert (said["first"], said["last"], len(data.splitlines())) == (1001, 1001, 1)
+    # From the middle of what one read brought, and from further on than the log goes.
+    said, data = agent.op_events("probe-y", 500)
+    assert (said["first"], said["last"]) == (501, 1001)
+    assert agent.op_events("probe-y", 5000) == ({"first": 0, "last": 0, "more": False}, b"")
+
+
+def test_runs_are_listed_oldest_first_with_their_state(agent: Agent) -> None:
+    for name, created in (("b", 2.0), ("a", 1.0)):
+        RunDir(agent.runs_root / name).create(toy_spec(run_id=name).model_copy(update={"created": created}))
+    rows = agent.op_runs()
+    assert [(row["run_id"], row["state"]) for row in rows] == [("a", "waiting"), ("b", "waiting")]
+    assert time.time() > rows[0]["created"]
