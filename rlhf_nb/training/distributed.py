@@ -31,8 +31,8 @@ def rank_pids() -> list[int]:
 def broadcaster() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None:
     """Gives rank 0's list on every rank; None for one process.
 
-    Costs one int64 a call. Objects travel only when there are any, always over gloo: a broadcast on the accelerator's own
-    group would make the host wait for the device at every step.
+    Costs one int64 a call. Objects travel only when there are any, always over gloo: a broadcast on the accelerator's
+    own group would make the host wait for the device at every step.
     """
     import torch
     import torch.distributed as dist
@@ -52,6 +52,17 @@ def broadcaster() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | No
         return box[0]
 
     return broadcast
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """Every rank's object, by rank, on every rank. Objects cross as pickles: keep tensors in them on the CPU."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [mine]
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    return everybody
 
 
 def barrier() -> None:

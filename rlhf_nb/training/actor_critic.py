@@ -1,0 +1,171 @@
+"""The models of online RL: policy, reference, value model; as one module that trains, or beside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_nb.errors import SpecError
+from rlhf_nb.maths.logprobs import completion_logprobs, position_ids, predicting_slice
+from rlhf_nb.training import models
+from rlhf_nb.training.arguments import lora_config
+
+if TYPE_CHECKING:
+    from rlhf_nb.training.context import Context
+
+
+def trunk_and_head(model: Any) -> tuple[Any, nn.Module]:
+    """A causal model's hidden-state part and its output embedding; adapters inside stay in force."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.base_model, base.get_output_embeddings()
+
+
+def hidden_states(trunk: Any, tokens_BL: Tensor, attention_mask_BL: Tensor, at: slice) -> Tensor:
+    """(B, T, D) hidden states at some positions of rows that may be padded on either side."""
+    return trunk(
+        input_ids=tokens_BL,
+        attention_mask=attention_mask_BL,
+        position_ids=position_ids(attention_mask_BL),
+        use_cache=False,
+    ).last_hidden_state[:, at]
+
+
+class ActorCritic(nn.Module):
+    """Policy and value model in one module, so that one wrapper shares the gradients of both."""
+
+    def __init__(self, policy: Any, critic: Any | None, width: int) -> None:
+        """
+        Args:
+            policy: Causal model, an adapter on it or not.
+            critic: The value model's own trunk; None reads the values off the policy's.
+            width: Of the hidden states.
+        """
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        # Zero: the first advantages are then the returns themselves, and no random function of the state.
+        self.value_head = nn.Linear(width, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        attention_mask_BL: Tensor,
+        mask_BT: Tensor,
+        *,
+        temperature: float = 1.0,
+        with_policy: bool = True,
+        entropy_gradient: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """
+        Args:
+            tokens_BL: (B, P + T) prompts padded on the left, completions on the right.
+            attention_mask_BL: (B, P + T) bool.
+            mask_BT: (B, T) bool, which completion tokens count.
+            with_policy: False gives values alone.
+
+        Returns:
+            (logprobs_BT, entropy_BT, values_BT) of the completion tokens; V_t is the value *before* token t.
+        """
+        T = mask_BT.shape[1]
+        prompt_width = tokens_BL.shape[1] - T
+        at = predicting_slice(prompt_width, tokens_BL.shape[1])
+        trunk, head = trunk_and_head(self.policy)
+        logprobs_BT = entropy_BT = hidden_BTD = None
+        if with_policy or self.critic is None:
+            hidden_BTD = hidden_states(trunk, tokens_BL, attention_mask_BL, at)
+        if with_policy and hidden_BTD is not None:
+            logprobs_BT, entropy_BT = completion_logprobs(
+                hidden_BTD,
+                head,
+                tokens_BL[:, prompt_width:],
+                mask_BT,
+                temperature=temperature,
+                with_entropy=True,
+                entropy_gradient=entropy_gradient,
+            )
+        if self.critic is not None:
+            hidden_BTD = hidden_states(self.critic, tokens_BL, attention_mask_BL, at)
+        assert hidden_BTD is not None
+        values_BT = self.value_head(hidden_BTD).squeeze(-1)
+        return logprobs_BT, entropy_BT, values_BT if values_BT.dtype == torch.float64 else values_BT.float()
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """Trained parameters whose gradients are clipped together: the policy's, and those of a value model of its
+        own."""
+        value = list(self.value_head.parameters()) + (list(self.critic.parameters()) if self.critic is not None else [])
+        policy = list(self.policy.parameters())
+        together = [policy, value] if self.critic is not None else [policy + value]
+        return [[p for p in group if p.requires_grad] for group in together]
+
+
+class Reference:
+    """The frozen model that the KL is taken to: a second copy, or the policy with its adapter off."""
+
+    def __init__(self, policy: Any, frozen: Any | None) -> None:
+        self._policy, self._frozen = policy, frozen
+
+    def to(self, device: torch.device) -> None:
+        if self._frozen is not None:
+            self._frozen.to(device)
+
+    @contextmanager
+    def open(self) -> Iterator[tuple[Any, nn.Module]]:
+        """Its trunk and head."""
+        if self._frozen is not None:
+            yield trunk_and_head(self._frozen)
+            return
+        with self._policy.disable_adapter():
+            yield trunk_and_head(self._policy)
+
+    @torch.no_grad()
+    def logprobs(
+        self, tokens_BL: Tensor, attention_mask_BL: Tensor, mask_BT: Tensor, *, temperature: float = 1.0
+    ) -> Tensor:
+        """(B, T) nats, of the completion tokens at the temperature that sampled them; 0 outside the mask."""
+        prompt_width = tokens_BL.shape[1] - mask_BT.shape[1]
+        with self.open() as (trunk, head):
+            hidden = hidden_states(
+                trunk, tokens_BL, attention_mask_BL, predicting_slice(prompt_width, tokens_BL.shape[1])
+            )
+            tokens_BT = tokens_BL[:, prompt_width:]
+            return completion_logprobs(hidden, head, tokens_BT, mask_BT, temperature=temperature)[0]
+
+
+def load(context: Context, path: str, *, value_model: Literal["own", "policy_trunk"]) -> tuple[ActorCritic, Reference]:
+    """Policy, value model and reference, all three from the policy's start.
+
+    Every module stays in eval mode: with dropout the ratio of a policy to itself would not be one.
+    """
+    policy = models.load_model(path)
+    trunk, head = trunk_and_head(policy)
+    _check_head(policy, trunk, head)
+    critic = copy.deepcopy(trunk) if value_model == "own" else None
+    width = trunk.config.get_text_config().hidden_size
+    if context.spec.adapter is not None:
+        from peft import get_peft_model
+
+        policy = get_peft_model(policy, lora_config(context, "CAUSAL_LM"))
+        if critic is not None:
+            critic = get_peft_model(critic, lora_config(context, "FEATURE_EXTRACTION"))
+        frozen = None
+    else:
+        frozen = models.load_model(path).eval().requires_grad_(False)
+    return ActorCritic(policy, critic, width).eval(), Reference(policy, frozen)
+
+
+@torch.no_grad()
+def _check_head(policy: Any, trunk: Any, head: nn.Module | None) -> None:
+    """Some models scale or cap their logits after the head; log-probabilities read off the head would then be wrong."""
+    name = type(policy).__name__
+    if head is None:
+        raise SpecError(f"policy: {name} has no output embedding; give a causal language model")
+    probe = torch.tensor([[0, 1, 2]]) % policy.config.get_text_config().vocab_size
+    there = policy.eval()(input_ids=probe, use_cache=False).logits
+    if not torch.allclose(head(trunk(input_ids=probe, use_cache=False).last_hidden_state), there, rtol=1e-3, atol=1e-3):
+        raise SpecError(f"policy: {name} changes its logits after its output embedding, which PPO here does not follow")

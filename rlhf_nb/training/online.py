@@ -1,0 +1,503 @@
+"""The loop of online methods: sample, score, give credit, update; steered at every boundary between optimizer steps.
+
+What an algorithm *is* stands in its method's file: `credit(rollout, live)` and `loss(minibatch, outputs, live)`. Here
+is what all of them share. Every rank samples and scores its part of a rollout; the parts are then put together, so
+that every rank holds the whole and statistics are global by construction; the ranks share each minibatch again for the
+update.
+
+Nothing random depends on a generator's history: prompts, sampling noise and shuffles are keyed by seed and rollout. A
+checkpoint between two rollouts is therefore weights, optimizer and two counters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rlhf_nb.errors import ComputeError, DataError, SpecError
+from rlhf_nb.maths.masked import masked_sum
+from rlhf_nb.rewards.resolve import scorer
+from rlhf_nb.training import actor_critic, data, distributed, models
+from rlhf_nb.training.control import BoundCoefficient
+from rlhf_nb.training.online_checkpoint import load_checkpoint, save_checkpoint
+from rlhf_nb.training.online_samples import SampleTable
+from rlhf_nb.training.rollout.base import uniforms
+from rlhf_nb.training.rollout.transformers_backend import TransformersSampler, pad_left
+from rlhf_nb.training.sampling import end_tokens
+
+if TYPE_CHECKING:
+    from rlhf_nb.methods.ppo import PPO
+    from rlhf_nb.training.context import Context
+
+ADAM_EPS = 1e-5
+"""Huang et al. 2024, arXiv:2403.17031, detail 16: torch's 1e-8 lets the first steps of PPO jump."""
+
+
+class Live(Protocol):
+    """Live coefficients as they are now, by name."""
+
+    def __getattr__(self, name: str) -> float: ...
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of all ranks, in the order of their global rows. Tensors lie on this rank's device."""
+
+    tokens_BL: Tensor  # noqa: N815
+    """(B, P + T) prompts padded on the left, completions on the right."""
+    attention_mask_BL: Tensor  # noqa: N815
+    mask_BT: Tensor  # noqa: N815
+    """(B, T) bool: completion tokens that count, the end token with them."""
+    behavior_logprobs_BT: Tensor  # noqa: N815
+    reference_logprobs_BT: Tensor  # noqa: N815
+    values_BT: Tensor  # noqa: N815
+    score_B: Tensor  # noqa: N815
+    """(B,) as the reward gave it."""
+    gold_B: Tensor | None  # noqa: N815
+    ended_B: Tensor  # noqa: N815
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Credit:
+    total_B: Tensor  # noqa: N815
+    """(B,) what is optimised, summed over a completion: score, penalties and KL."""
+    advantages_BT: Tensor  # noqa: N815
+    returns_BT: Tensor  # noqa: N815
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """This rank's rows of one optimizer step."""
+
+    tokens_BL: Tensor  # noqa: N815
+    attention_mask_BL: Tensor  # noqa: N815
+    mask_BT: Tensor  # noqa: N815
+    behavior_logprobs_BT: Tensor  # noqa: N815
+    values_BT: Tensor  # noqa: N815
+    advantages_BT: Tensor  # noqa: N815
+    returns_BT: Tensor  # noqa: N815
+
+    def rows(self, index: Tensor) -> Minibatch:
+        return Minibatch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def trimmed(self) -> Minibatch:
+        """Without the columns in which no row has a token."""
+        T = self.mask_BT.shape[1]
+        P = self.tokens_BL.shape[1] - T
+        first = int(self.attention_mask_BL[:, :P].any(0).long().argmax())
+        last = int(self.mask_BT.any(0).long().sum())
+        cut = {name: getattr(self, name)[:, first : P + last] for name in ("tokens_BL", "attention_mask_BL")}
+        rest = {f.name: getattr(self, f.name)[:, :last] for f in fields(self) if f.name.endswith("_BT")}
+        return Minibatch(**cut, **rest)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the models say now of a minibatch's tokens."""
+
+    logprobs_BT: Tensor  # noqa: N815
+    entropy_BT: Tensor  # noqa: N815
+    values_BT: Tensor  # noqa: N815
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    loss_BT: Tensor  # noqa: N815
+    """Its mean over the tokens of the global minibatch is minimised."""
+    metrics: dict[str, Tensor]
+    """Name → (B, T); the mean over the global minibatch's tokens is logged."""
+
+
+class OnlineTrainer:
+    def __init__(self, method: PPO, context: Context) -> None:
+        self.method, self.context, self.emit = method, context, context.emit
+        self.accelerator = Accelerator(cpu=context.use_cpu)
+        self.device = self.accelerator.device
+        path = context.model_path(context.spec.policy)
+        self.tokenizer = models.load_tokenizer(path, self.emit)
+        self.module, self.reference = actor_critic.load(context, path, value_model=method.value_model)
+        self._take_prompts(models.max_length(path, method.max_length, self.emit))
+        self.score = scorer(context, "reward", device=self.device)
+        self.gold = scorer(context, "gold", device=self.device)
+        if self.score is None:
+            raise SpecError(f"{method.name}: no reward; give reward= a reward model, a registered name or a function")
+
+        self.module.to(self.device)
+        self.reference.to(self.device)
+        self.sampler = self.make_sampler(*actor_critic.trunk_and_head(self.module.policy))
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=method.learning_rate, eps=ADAM_EPS, weight_decay=0.0)
+        self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        # accelerate switches prepared modules to train mode.
+        self.model.eval()
+
+        self.live: Any = SimpleNamespace(**{live.name: float(getattr(method, live.name)) for live in method.live})
+        self.step = 0
+        """Optimizer steps taken."""
+        self.rollouts = 0
+        """Rollouts used up."""
+        self._between_rollouts = True
+        self._checkpointed = 0
+        self.samples = SampleTable(self)
+
+    def make_sampler(self, trunk: Any, head: Any) -> TransformersSampler:
+        ends = end_tokens(self.module.policy, self.tokenizer)
+        return TransformersSampler(trunk, head, end_tokens=ends, pad_token=self.tokenizer.pad_token_id)
+
+    def _take_prompts(self, max_length: int) -> None:
+        """Rows and their tokens, without the prompts that leave no room for a completion."""
+        self.prompt_room = room = max_length - self.method.max_new_tokens
+        if room < 1:
+            raise SpecError(
+                f"{self.method.name}: max_new_tokens={self.method.max_new_tokens} leaves no room for a prompt in "
+                f"{max_length} tokens; lower it"
+            )
+        ids = [data.prompt_ids(row["prompt"], self.tokenizer) for row in self.context.rows]
+        kept = [i for i, tokens in enumerate(ids) if 0 < len(tokens) <= room]
+        if not kept:
+            raise DataError(
+                f"{self.method.name}: none of {len(ids)} prompts has between 1 and {room} tokens, what "
+                f"max_length={max_length} leaves beside max_new_tokens={self.method.max_new_tokens}"
+            )
+        if dropped := len(ids) - len(kept):
+            self.emit.notice(
+                "prompts_dropped",
+                f"{dropped} of {len(ids)} prompts are empty or longer than {room} tokens and were dropped",
+                "warning",
+            )
+        self.rows = [self.context.rows[i] for i in kept]
+        self.prompt_ids = [ids[i] for i in kept]
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        loop = self.context.control
+        loop.bind([self._bound(live) for live in self.method.live])
+        loop.on_idle = self._serve
+        if self.context.resume_from is not None:
+            self.step, self.rollouts = load_checkpoint(self.context.resume_from, self)
+            self._checkpointed = self.step
+        while self._goes_on(new_rollout=True):
+            rollout, seconds = self.collect()
+            credit = self.method.credit(rollout, self.live)
+            self._say_rollout(rollout, credit, seconds)
+            self._between_rollouts, updating_s = False, 0.0
+            for index, (minibatch, tokens) in enumerate(self.minibatches(rollout, credit)):
+                if index and not self._goes_on(new_rollout=False):
+                    break
+                metrics = self.update(minibatch, tokens, rollout.temperature)
+                updating_s += metrics["time/step_s"]
+                if self._far_enough(metrics):
+                    break
+            self.emit.metric(self.step, {"time/update_s": updating_s}, rollout=self.rollouts)
+            self.rollouts += 1
+            self._between_rollouts = True
+            self._checkpoint_when_due()
+        self._serve()
+
+    def _goes_on(self, *, new_rollout: bool) -> bool:
+        """The boundary before the next optimizer step; False where there is none."""
+        if self.step >= self.method.max_steps or self.context.control.stopping:
+            return False
+        self.context.control.boundary(self.step + 1, rollout=new_rollout)
+        self._serve()
+        return not self.context.control.stopping
+
+    def _far_enough(self, metrics: dict[str, float]) -> bool:
+        target = self.method.target_kl
+        return target is not None and metrics["policy/approx_kl"] > target
+
+    def _bound(self, live: Any) -> BoundCoefficient:
+        return BoundCoefficient(
+            live, lambda: getattr(self.live, live.name), lambda value: setattr(self.live, live.name, value)
+        )
+
+    def _serve(self) -> None:
+        """Answer what was asked for: samples at any boundary, checkpoints between rollouts."""
+        loop = self.context.control
+        requests = list(loop.sample_requests)
+        loop.sample_requests.clear()
+        for request in requests:
+            self.samples.answer(request)
+        if loop.checkpoint_requested and self._between_rollouts:
+            loop.checkpoint_requested.clear()
+            self.save_checkpoint()
+
+    def _checkpoint_when_due(self) -> None:
+        every = self.method.checkpoint_every
+        if every and self.step // every > self._checkpointed // every:
+            self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        save_checkpoint(self)
+        self._checkpointed = self.step
+
+    # --- a rollout --------------------------------------------------------------------------------------------------
+
+    def prompt_indices(self) -> list[int]:
+        """Which prompt each global row of this rollout completes: passes over all prompts, each in its own order."""
+        n, B = len(self.rows), self.method.rollout_batch_size
+        indices, orders = [], {}
+        for g in range(self.rollouts * B, (self.rollouts + 1) * B):
+            epoch, at = divmod(g, n)
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng([self.method.seed, epoch]).permutation(n)
+            indices.append(int(orders[epoch][at]))
+        return indices
+
+    def collect(self) -> tuple[Rollout, dict[str, float]]:
+        """Sample and score this rank's rows, read the reference and the values, and put the ranks' parts together."""
+        began = time.perf_counter()
+        indices = self.prompt_indices()
+        mine = list(range(self.context.rank, len(indices), self.context.world_size))
+        prompts = [self.prompt_ids[indices[row]] for row in mine]
+        noise = uniforms(self.method.seed, self.rollouts, mine, self.method.max_new_tokens)
+        temperature = self.live.temperature
+        sampled = self.sampler.sample(prompts, noise, temperature=temperature)
+        sampled_at = time.perf_counter()
+        texts = self.texts(sampled.tokens_BT, sampled.mask_BT)
+        score, gold = self.judge([self.rows[indices[row]] for row in mine], texts)
+        scored_at = time.perf_counter()
+
+        tokens_BP, seen_BP = pad_left(prompts, self.tokenizer.pad_token_id, self.device)
+        tokens_BL = torch.cat([tokens_BP, sampled.tokens_BT], 1)
+        attention_mask_BL = torch.cat([seen_BP, sampled.mask_BT], 1)
+        reference, values = [], []
+        for rows in torch.arange(len(mine), device=self.device).split(self._micro(len(mine))):
+            part = (tokens_BL[rows], attention_mask_BL[rows], sampled.mask_BT[rows])
+            reference.append(self.reference.logprobs(*part, temperature=temperature))
+            with torch.no_grad():
+                values.append(self.module(*part, with_policy=False)[2].masked_fill(~part[2], 0.0))
+        rollout = self._gather(
+            {
+                "prompts": prompts,
+                "tokens": sampled.tokens_BT,
+                "mask": sampled.mask_BT,
+                "behavior": sampled.behavior_logprobs_BT,
+                "reference": torch.cat(reference),
+                "values": torch.cat(values),
+                "score": score,
+                "gold": gold,
+                "ended": sampled.ended_B,
+            },
+            temperature,
+        )
+        self._notice_cut(rollout)
+        return rollout, {
+            "time/rollout_s": sampled_at - began,
+            "time/score_s": scored_at - sampled_at,
+            "time/reference_s": time.perf_counter() - scored_at,
+        }
+
+    def texts(self, tokens_BT: Tensor, mask_BT: Tensor) -> list[str]:
+        rows = [t[m].tolist() for t, m in zip(tokens_BT, mask_BT, strict=True)]
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+    def judge(self, rows: Sequence[dict[str, Any]], completions: list[str]) -> tuple[list[float], list[float] | None]:
+        """Scores by the reward and by gold; the columns that all rows have go along."""
+        assert self.score is not None
+        shared = set.intersection(*(set(row) for row in rows)) - {"prompt"}
+        columns = {name: [row[name] for row in rows] for name in sorted(shared)}
+        prompts = [row["prompt"] for row in rows]
+        score = self.score(prompts, completions, **columns)
+        return score, self.gold(prompts, completions, **columns) if self.gold is not None else None
+
+    def _gather(self, part: dict[str, Any], temperature: float) -> Rollout:
+        """All ranks' parts as one rollout, the same bits on every rank."""
+        parts = distributed.gather_objects({k: v.cpu() if isinstance(v, Tensor) else v for k, v in part.items()})
+        world, B = len(parts), sum(len(p["prompts"]) for p in parts)
+        T = max(p["tokens"].shape[1] for p in parts)
+
+        def whole(name: str) -> Any:
+            """Row g came from rank g mod world."""
+            return [parts[g % world][name][g // world] for g in range(B)]
+
+        def padded(name: str) -> Tensor:
+            return torch.stack([torch.nn.functional.pad(row, (0, T - len(row))) for row in whole(name)]).to(self.device)
+
+        dtype = parts[0]["behavior"].dtype
+        tokens_BP, seen_BP = pad_left(whole("prompts"), self.tokenizer.pad_token_id, self.device)
+        mask_BT = padded("mask")
+        return Rollout(
+            tokens_BL=torch.cat([tokens_BP, padded("tokens")], 1),
+            attention_mask_BL=torch.cat([seen_BP, mask_BT], 1),
+            mask_BT=mask_BT,
+            behavior_logprobs_BT=padded("behavior"),
+            reference_logprobs_BT=padded("reference"),
+            values_BT=padded("values"),
+            score_B=torch.tensor(whole("score"), dtype=dtype, device=self.device),
+            gold_B=torch.tensor(whole("gold"), dtype=dtype, device=self.device) if self.gold is not None else None,
+            ended_B=torch.stack(whole("ended")).to(self.device),
+            temperature=temperature,
+        )
+
+    _said_cut = False
+
+    def _notice_cut(self, rollout: Rollout) -> None:
+        if not self._said_cut and not rollout.ended_B.any():
+            self._said_cut = True
+            self.emit.notice(
+                "all_truncated",
+                f"every completion of rollout {self.rollouts} was cut at max_new_tokens={self.method.max_new_tokens}; "
+                f"raise it, or give missing_eos_penalty",
+                "warning",
+            )
+
+    def _say_rollout(self, rollout: Rollout, credit: Credit, seconds: dict[str, float]) -> None:
+        mask_BT = rollout.mask_BT
+        kl_B = masked_sum(rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT, mask_BT, 1)
+        values = {
+            "reward/mean": credit.total_B.mean().item(),
+            "reward/score": rollout.score_B.mean().item(),
+            "reward/std": rollout.score_B.std().item() if len(rollout.score_B) > 1 else 0.0,
+            "kl/policy_reference": kl_B.mean().item(),
+            "objective/kl_coef": self.live.kl_coef,
+            "completion/length_mean": mask_BT.sum(1).float().mean().item(),
+            "completion/truncated_fraction": (~rollout.ended_B).float().mean().item(),
+            **seconds,
+        }
+        if rollout.gold_B is not None:
+            values["reward/gold"] = rollout.gold_B.mean().item()
+        self.emit.metric(self.step + 1, values, rollout=self.rollouts)
+
+    # --- the update -------------------------------------------------------------------------------------------------
+
+    def minibatches(self, rollout: Rollout, credit: Credit) -> Iterator[tuple[Minibatch, int]]:
+        """This rank's rows of each minibatch, and how many tokens the whole minibatch has over all ranks."""
+        whole = Minibatch(
+            rollout.tokens_BL,
+            rollout.attention_mask_BL,
+            rollout.mask_BT,
+            rollout.behavior_logprobs_BT,
+            rollout.values_BT,
+            credit.advantages_BT,
+            credit.returns_BT,
+        )
+        B, size = len(rollout.score_B), self.method.batch_size
+        for epoch in range(self.method.num_ppo_epochs):
+            order = np.random.default_rng([self.method.seed, self.rollouts, epoch, 1]).permutation(B)
+            for start in range(0, B, size):
+                rows = torch.from_numpy(order[start : start + size]).to(self.device)
+                mine = rows[self.context.rank :: self.context.world_size]
+                yield whole.rows(mine), int(rollout.mask_BT[rows].sum())
+
+    def _micro(self, rows: int) -> int:
+        return min(self.method.micro_batch_size or rows, rows)
+
+    def update(self, batch: Minibatch, tokens: int, temperature: float) -> dict[str, float]:
+        """One optimizer step on the token mean over the global minibatch."""
+        began = time.perf_counter()
+        rate = self.live.learning_rate * self._schedule()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        parts = torch.arange(len(batch.mask_BT), device=self.device).split(self._micro(len(batch.mask_BT)))
+        for index, rows in enumerate(parts):
+            part = batch.rows(rows).trimmed()
+            if index + 1 < len(parts):
+                with self.accelerator.no_sync(self.model):
+                    self._backward(part, tokens, temperature, sums)
+            else:
+                self._backward(part, tokens, temperature, sums)
+        metrics = self._reduce(sums, tokens)
+        metrics["optimizer/grad_norm"] = self._clip()
+        metrics["optimizer/learning_rate"] = rate
+        self._check(metrics, batch, temperature)
+        self.optimizer.step()
+        self.step += 1
+        metrics["time/step_s"] = time.perf_counter() - began
+        self.emit.metric(self.step, metrics)
+        every = self.method.sample_every
+        if every and self.step % every == 0:
+            self.samples.periodic()
+        return metrics
+
+    def _backward(self, part: Minibatch, tokens: int, temperature: float, sums: dict[str, Tensor]) -> None:
+        losses = self.method.loss(part, self._outputs(part, temperature), self.live)
+        # Gradients are averaged over ranks: times the world size, they become the sum that a token mean needs.
+        scale = self.context.world_size / tokens
+        self.accelerator.backward(masked_sum(losses.loss_BT, part.mask_BT) * scale)
+        for name, values in losses.metrics.items():
+            total = masked_sum(values.detach().to(losses.loss_BT.dtype), part.mask_BT)
+            sums[name] = sums.get(name, 0) + total
+
+    def _outputs(self, part: Minibatch, temperature: float) -> Outputs:
+        logprobs, entropy, values = self.model(
+            part.tokens_BL,
+            part.attention_mask_BL,
+            part.mask_BT,
+            temperature=temperature,
+            entropy_gradient=getattr(self.live, "entropy_coef", 0.0) > 0,
+        )
+        return Outputs(logprobs, entropy, values)
+
+    def _schedule(self) -> float:
+        if self.method.lr_scheduler == "constant":
+            return 1.0
+        return 1 - self.step / self.method.max_steps
+
+    def _reduce(self, sums: dict[str, Tensor], tokens: int) -> dict[str, float]:
+        stacked = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
+        return dict(zip(sums, (stacked / tokens).tolist(), strict=True))
+
+    def _clip(self) -> float:
+        """Scale gradients down, group by group; the norm of all before."""
+        norms = []
+        for group in self.module.groups():
+            limit = self.method.max_grad_norm or float("inf")
+            norms.append(torch.nn.utils.clip_grad_norm_(group, limit))
+        return torch.stack(norms).norm().item()
+
+    def _check(self, metrics: dict[str, float], batch: Minibatch, temperature: float) -> None:
+        """Stop before a step that would write what is not finite into the weights, and say where it began."""
+        wrong = [name for name in ("loss", "optimizer/grad_norm") if not np.isfinite(metrics[name])]
+        if not wrong:
+            return
+        raise ComputeError(
+            f"{wrong[0]}={metrics[wrong[0]]} at step {self.step + 1}: first not finite is "
+            f"{self._culprit(batch, temperature)}; the weights are as after step {self.step}. Resume from the last checkpoint with a lower learning_rate "
+            f"(now {self.live.learning_rate:g})"
+        )
+
+    @torch.no_grad()
+    def _culprit(self, batch: Minibatch, temperature: float) -> str:
+        for name, parameter in self.module.named_parameters():
+            if not parameter.isfinite().all():
+                return f"the weight {name}"
+        for name in ("behavior_logprobs_BT", "values_BT", "returns_BT", "advantages_BT"):
+            if not getattr(batch, name)[batch.mask_BT].isfinite().all():
+                return name.removesuffix("_BT").replace("_", " ")
+        logprobs, _, values = self.module(
+            batch.tokens_BL, batch.attention_mask_BL, batch.mask_BT, temperature=temperature
+        )
+        for what, tensor in (("the policy's log-probabilities", logprobs), ("the values", values)):
+            if not tensor[batch.mask_BT].isfinite().all():
+                return what
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f"the gradient of {name}"
+        return "the loss itself"
+
+    # --- the model --------------------------------------------------------------------------------------------------
+
+    def save_model(self, directory: str) -> None:
+        """The policy alone, for plain transformers. An adapter is merged in, and kept beside in `adapter/`."""
+        if not self.context.is_main:
+            return
+        policy: Any = self.module.policy
+        if self.context.spec.adapter is not None:
+            policy.save_pretrained(str(Path(directory) / "adapter"))
+            policy = policy.merge_and_unload()
+        policy.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)

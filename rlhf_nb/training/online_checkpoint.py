@@ -1,0 +1,88 @@
+"""Checkpoints of online runs, taken between two rollouts: weights, optimizer, counters, generators."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf_nb.compute.rundir import storage_errors
+from rlhf_nb.errors import ComputeError
+from rlhf_nb.protocol.events import CheckpointSaved
+from rlhf_nb.training import checkpoints, distributed
+
+if TYPE_CHECKING:
+    from rlhf_nb.training.online import OnlineTrainer
+
+
+def save_checkpoint(trainer: OnlineTrainer) -> None:
+    """Write `checkpoints/checkpoint-STEP`, whole or not at all. Every rank calls it."""
+    run_dir, step = trainer.context.run_dir, trainer.step
+    scratch = run_dir / "checkpoints" / checkpoints.SCRATCH / f"checkpoint-{step}"
+    if trainer.context.is_main:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with storage_errors(scratch):
+            scratch.mkdir(parents=True)
+    distributed.barrier()
+    with storage_errors(scratch):
+        torch.save(_generators(), scratch / f"generators-{trainer.context.rank}.pt")
+        if trainer.context.is_main:
+            # Only what trains: the rest is read from where the policy came from.
+            weights = {n: p.detach().cpu() for n, p in trainer.module.named_parameters() if p.requires_grad}
+            save_file(weights, scratch / "trained.safetensors")
+            torch.save(trainer.optimizer.state_dict(), scratch / "optimizer.pt")
+            counters = {"step": step, "rollouts": trainer.rollouts, "said_cut": trainer._said_cut}
+            (scratch / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
+    distributed.barrier()
+    if trainer.context.is_main:
+        target = checkpoints.publish(run_dir, step, scratch)
+        trainer.emit.event(CheckpointSaved(step=step, path=str(target.relative_to(run_dir))))
+    distributed.barrier()
+
+
+def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
+    """Put a checkpoint's state into a trainer; (optimizer steps taken, rollouts used up).
+
+    Raises:
+        ComputeError: Its weights are not those that this spec trains.
+    """
+    weights = load_file(path / "trained.safetensors", device=str(trainer.device))
+    trained = {n: p for n, p in trainer.module.named_parameters() if p.requires_grad}
+    if weights.keys() != trained.keys():
+        odd = sorted(weights.keys() ^ trained.keys())
+        raise ComputeError(f"{path.name} holds other weights than this run trains ({odd[0]}); start the run anew")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    trainer.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=trainer.device, weights_only=True))
+    generators = path / f"generators-{trainer.context.rank}.pt"
+    if generators.exists():
+        _restore(torch.load(generators, weights_only=True))
+    counters = json.loads((path / "counters.json").read_text(encoding="utf-8"))
+    trainer._said_cut = counters["said_cut"]
+    return counters["step"], counters["rollouts"]
+
+
+def _generators() -> dict[str, Any]:
+    """Python's, NumPy's and torch's. The loop draws from none of them, but a reward function may."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    return {
+        "python": (version, list(numbers), gauss),
+        "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+    }
+
+
+def _restore(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])

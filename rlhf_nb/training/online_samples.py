@@ -1,0 +1,130 @@
+"""Completions to look at: what the policy says now beside what the reference said to the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_nb.data.rows import is_prompt, prompt_text
+from rlhf_nb.errors import RewardError
+from rlhf_nb.maths.masked import masked_sum
+from rlhf_nb.protocol.control import Sample
+from rlhf_nb.protocol.events import SampleItem
+from rlhf_nb.training import data
+from rlhf_nb.training.rollout.base import Completions, Sampler, uniforms
+from rlhf_nb.training.rollout.transformers_backend import pad_left
+
+if TYPE_CHECKING:
+    from rlhf_nb.training.online import OnlineTrainer
+
+FIXED, FRESH = 4, 4
+"""Prompts of a periodic sample: the same ones throughout, to compare before and after, and others each time."""
+POLICY_STREAM, REFERENCE_STREAM = 1 << 60, 1 << 61
+"""Far above any rollout's number: looking at samples never draws a number that training draws."""
+
+
+@dataclass(frozen=True)
+class _Said:
+    text: str
+    length: int
+    score: float | None
+    gold: float | None
+
+
+class SampleTable:
+    """Sampled, never greedy: what is labelled should be what the policy does. Rank 0 samples, the others wait for
+    it."""
+
+    def __init__(self, trainer: OnlineTrainer) -> None:
+        self.trainer = trainer
+        rows = trainer.context.held_out or trainer.rows
+        self.rows: list[dict[str, Any]] = list({repr(row["prompt"]): row for row in rows}.values())
+        order = np.random.default_rng([trainer.method.seed, 2]).permutation(len(self.rows)).tolist()
+        self.fixed, self.others = order[:FIXED], order[FIXED:]
+        self._reference_said: dict[tuple[str, float], _Said] = {}
+
+    def periodic(self) -> None:
+        trainer = self.trainer
+        if not trainer.context.is_main:
+            return
+        chance = np.random.default_rng([trainer.method.seed, trainer.step, 3])
+        fresh = chance.choice(self.others, min(FRESH, len(self.others)), replace=False).tolist()
+        trainer.emit.samples(trainer.step, self.items([self.rows[index] for index in [*self.fixed, *fresh]]))
+
+    def answer(self, request: Sample) -> None:
+        """What a person asked for; a reward that cannot judge a bare prompt leaves the scores empty."""
+        trainer = self.trainer
+        if trainer.context.is_main:
+            rows = [{"prompt": prompt} for prompt in request.prompts if is_prompt(prompt)]
+            trainer.emit.samples(trainer.step, self.items(rows) if rows else [], request_id=request.id)
+
+    def items(self, rows: Sequence[dict[str, Any]]) -> list[SampleItem]:
+        trainer = self.trainer
+        prompts = [row["prompt"] for row in rows]
+        ids = [data.prompt_ids(prompt, trainer.tokenizer)[-trainer.prompt_room :] for prompt in prompts]
+        temperature = trainer.live.temperature
+        completions = self._sample(trainer.sampler, ids, POLICY_STREAM + trainer.step, temperature)
+        now = self._say(rows, completions)
+        before = self._before(rows, ids, temperature)
+        kl = self._kl(ids, completions, temperature)
+        return [
+            SampleItem(
+                prompt=prompt_text(prompt),
+                completion=said.text,
+                reference_completion=old.text,
+                score=said.score,
+                reference_score=old.score,
+                gold=said.gold,
+                reference_gold=old.gold,
+                length=said.length,
+                kl=nats,
+            )
+            for prompt, said, old, nats in zip(prompts, now, before, kl, strict=True)
+        ]
+
+    def _sample(self, sampler: Sampler, ids: list[list[int]], stream: int, temperature: float) -> Completions:
+        method = self.trainer.method
+        noise = uniforms(method.seed, stream, range(len(ids)), method.max_new_tokens)
+        return sampler.sample(ids, noise, temperature=temperature)
+
+    def _say(self, rows: Sequence[dict[str, Any]], completions: Completions) -> list[_Said]:
+        trainer = self.trainer
+        texts = trainer.texts(completions.tokens_BT, completions.mask_BT)
+        scores: Sequence[float | None]
+        golds: Sequence[float | None] | None
+        try:
+            scores, golds = trainer.judge(rows, texts)
+        except RewardError as error:
+            # Only looked at here: the same fault in a rollout ends the run.
+            trainer.emit.notice(
+                "samples_not_scored", f"samples at step {trainer.step} have no score: {error}", "warning"
+            )
+            scores, golds = [None] * len(texts), None
+        lengths = completions.mask_BT.sum(1).tolist()
+        return [_Said(text, lengths[i], scores[i], golds[i] if golds else None) for i, text in enumerate(texts)]
+
+    def _before(self, rows: Sequence[dict[str, Any]], ids: list[list[int]], temperature: float) -> list[_Said]:
+        """The reference does not change: each prompt is asked once."""
+        trainer = self.trainer
+        keys = [(repr(row["prompt"]), temperature) for row in rows]
+        new = [i for i, key in enumerate(keys) if key not in self._reference_said]
+        if new:
+            with trainer.reference.open() as (trunk, head):
+                sampler = trainer.make_sampler(trunk, head)
+                completions = self._sample(sampler, [ids[i] for i in new], REFERENCE_STREAM + trainer.step, temperature)
+            said = self._say([rows[i] for i in new], completions)
+            self._reference_said.update({keys[i]: one for i, one in zip(new, said, strict=True)})
+        return [self._reference_said[key] for key in keys]
+
+    def _kl(self, ids: list[list[int]], completions: Completions, temperature: float) -> list[float]:
+        trainer = self.trainer
+        tokens_BP, seen_BP = pad_left(ids, trainer.tokenizer.pad_token_id, trainer.device)
+        tokens_BL: Tensor = torch.cat([tokens_BP, completions.tokens_BT], 1)
+        seen_BL = torch.cat([seen_BP, completions.mask_BT], 1)
+        theirs_BT = trainer.reference.logprobs(tokens_BL, seen_BL, completions.mask_BT, temperature=temperature)
+        return masked_sum(completions.behavior_logprobs_BT - theirs_BT, completions.mask_BT, 1).tolist()
