@@ -364,6 +364,7 @@ class OnlineTrainer:
             "objective/kl_coef": self.live.kl_coef,
             "completion/length_mean": mask_BT.sum(1).float().mean().item(),
             "completion/truncated_fraction": (~rollout.ended_B).float().mean().item(),
+            "value/explained_variance": _explained(rollout.values_BT[mask_BT], credit.returns_BT[mask_BT]),
             **seconds,
         }
         if rollout.gold_B is not None:
@@ -466,8 +467,8 @@ class OnlineTrainer:
             return
         raise ComputeError(
             f"{wrong[0]}={metrics[wrong[0]]} at step {self.step + 1}: first not finite is "
-            f"{self._culprit(batch, temperature)}; the weights are as after step {self.step}. Resume from the last checkpoint with a lower learning_rate "
-            f"(now {self.live.learning_rate:g})"
+            f"{self._culprit(batch, temperature)}; the weights are as after step {self.step}. "
+            f"Resume from the last checkpoint with a lower learning_rate (now {self.live.learning_rate:g})"
         )
 
     @torch.no_grad()
@@ -501,3 +502,9 @@ class OnlineTrainer:
             policy = policy.merge_and_unload()
         policy.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
+
+
+def _explained(values_N: Tensor, returns_N: Tensor) -> float:
+    """1 − Var(R − V) / Var(R); 0 where all returns are equal."""
+    spread = returns_N.var(correction=0)
+    return (1 - (returns_N - values_N).var(correction=0) / spread).item() if spread > 0 else 0.0
