@@ -2,8 +2,8 @@
 
 Rows     prompt, chosen, rejected.
 Models   the reward model, frozen.
-Result   share of pairs in which the chosen completion scores higher, a tie counting one half, with Wilson's 95 % interval;
-         beside it the null that any length-biased model reaches: always pick the longer text.
+Result   share of pairs in which the chosen completion scores higher, a tie counting one half, with Wilson's 95 %
+         interval; beside it the null that any length-biased model reaches: always pick the longer text.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Paper    Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
 Rows     prompt, chosen, rejected.
-Models   policy (trained), reference (frozen; the saved policy it starts from, or under LoRA the policy with its adapter off).
+Models   policy (trained), reference (frozen; the saved policy it starts from; under LoRA the policy, adapter off).
 Live     beta, learning_rate. Raising beta keeps the policy closer to the reference.
 Agrees   with trl.DPOTrainer, loss_type="sigmoid", bit for bit; tests/training/test_identical.py.
 """

@@ -1,1 +1,1 @@
-"""What scores completions: functions, named or shipped as source, and reward models. One finite number each, or an error."""
+"""What scores completions: functions, named or shipped as source, and reward models. One finite number each."""

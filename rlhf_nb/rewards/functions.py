@@ -36,7 +36,7 @@ def from_source(source: str, name: str) -> Callable[..., Any]:
     module = types.ModuleType(f"reward_{name}")
     try:
         exec(compile(source, file, "exec"), module.__dict__)
-    except Exception as error:  # noqa: BLE001 - anything may stand at the top of a cell
+    except Exception as error:
         raise RewardError(f"reward {name}: its source does not run: {_first_line(error)}") from error
     functions = [f for f in vars(module).values() if inspect.isfunction(f) and f.__code__.co_filename == file]
     fitting = [f for f in functions if list(inspect.signature(f).parameters)[:2] == ["prompts", "completions"]]

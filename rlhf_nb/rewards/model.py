@@ -85,8 +85,8 @@ class RewardModelScorer:
 def _pad_token_id(config: Any, tokenizer: Any) -> int:
     """The id after which transformers' classifiers look for the last token, and so which token is scored.
 
-    What the model was trained with counts: padded with its end token, it is scored one token before the end. Where that is
-    not recorded, any id but the end token's scores the end.
+    What the model was trained with counts: padded with its end token, it is scored one token before the end. Where that
+    is not recorded, any id but the end token's scores the end.
     """
     if config.pad_token_id is not None:
         return int(config.pad_token_id)
@@ -113,6 +113,6 @@ def check_head(path: str) -> None:
         raise SpecError(f'reward model "{name}" is {what}, which has no score head; train one with %rlhf reward')
     if config.num_labels != 1:
         raise SpecError(
-            f'reward model "{name}" has num_labels={config.num_labels}; a reward is one number, so it needs num_labels=1; '
-            f"train one with %rlhf reward"
+            f'reward model "{name}" has num_labels={config.num_labels}; a reward is one number, so it needs '
+            f"num_labels=1; train one with %rlhf reward"
         )

@@ -1,8 +1,8 @@
 """Our one callback in transformers' Trainer: events out, control in, at the boundary between two optimizer steps.
 
-The boundary is `on_log`, which runs after every step because `logging_steps=1`: the optimizer and its schedule have stepped, the
-numbers of the step are there, and no batch of the next one has been drawn, which is where the Trainer takes its own checkpoints.
-A checkpoint taken after a batch was drawn would resume with another random state.
+The boundary is `on_log`, which runs after every step because `logging_steps=1`: the optimizer and its schedule have
+stepped, the numbers of the step are there, and no batch of the next one has been drawn, which is where the Trainer
+takes its own checkpoints. A checkpoint taken after a batch was drawn would resume with another random state.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Steering(TrainerCallback):
         """Wall seconds of this step that were no training: pauses, samples, checkpoints."""
         self._step_began = self._saving_since = time.perf_counter()
 
-    # --- Trainer hooks ----------------------------------------------------------------------------------------------------
+    # --- Trainer hooks ----------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._hook():
@@ -96,7 +96,7 @@ class Steering(TrainerCallback):
         self._publish(state.global_step)
         self._aside_s += time.perf_counter() - self._saving_since
 
-    # --- the boundary -----------------------------------------------------------------------------------------------------
+    # --- the boundary -----------------------------------------------------------------------------------------------
 
     def _boundary(self, step: int, control: Any) -> None:
         loop = self.context.control
@@ -134,7 +134,7 @@ class Steering(TrainerCallback):
             self.context.emit.event(CheckpointSaved(step=step, path=str(target.relative_to(run_dir))))
         distributed.barrier()
 
-    # --- samples ----------------------------------------------------------------------------------------------------------
+    # --- samples ----------------------------------------------------------------------------------------------------
 
     def _answer(self) -> None:
         requests: list[Sample] = list(self.context.control.sample_requests)
@@ -150,14 +150,14 @@ class Steering(TrainerCallback):
             return
         with self._aside():
             if request is not None:
-                self.context.emit.samples(step, self.sampler.items(request.prompts, seed=step), request.id)
+                self.context.emit.samples(step, self.sampler.items([*request.prompts], seed=step), request.id)
             else:
                 items = self.sampler.items(self.sampler.prompts, seed=step)
                 self.context.emit.samples(step, items)
                 if numbers := self.sampler.metrics(items):
                     self.context.emit.metric(step, numbers)
 
-    # --- what the hooks themselves cost -----------------------------------------------------------------------------------
+    # --- what the hooks themselves cost -----------------------------------------------------------------------------
 
     @contextmanager
     def _hook(self) -> Iterator[None]:
@@ -187,8 +187,8 @@ class Steering(TrainerCallback):
 def learning_rate(trainer: Any) -> BoundCoefficient:
     """The peak rate, in force at the very next step under any schedule.
 
-    The schedule overwrites `param_groups["lr"]` after each step from its `base_lrs`; writing only the base would take effect one
-    step late, writing only the group for one step.
+    The schedule overwrites `param_groups["lr"]` after each step from its `base_lrs`; writing only the base would take
+    effect one step late, writing only the group for one step.
     """
 
     def schedule() -> Any:

@@ -23,7 +23,7 @@ def step_of(path: Path) -> int:
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The checkpoint with the largest step, or None. A checkpoint that was being written when its process died is not seen."""
+    """The checkpoint with the largest step, or None. One that was being written when its process died is not seen."""
     folder = run_dir / "checkpoints"
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return max(found, key=step_of, default=None)

@@ -1,4 +1,4 @@
-"""The frozen context a method trains in: spec, models, rows, emit, control. No Jupyter, no path but the run directory."""
+"""The frozen context a method trains in: spec, models, rows, emit, control. No Jupyter, no path but the run's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Emitter:
             self._writer.write(event)
 
     def metric(self, step: int, values: dict[str, float], *, rollout: int | None = None) -> None:
-        """Numbers of optimizer step `step`. JSON has no NaN: a number that is not finite travels as None with its text."""
+        """Numbers of an optimizer step. JSON has no NaN: a number that is not finite travels as None with its text."""
         if self._writer is None:
             return
         finite = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
@@ -53,7 +53,7 @@ class Context:
     rows: list[dict[str, Any]]
     """Training rows: of the kind the method declares, prompts for online methods."""
     model_path: Callable[[Any], str]
-    """ModelRef → local directory (or hub id) that `from_pretrained` takes. Models pass between stages as directories."""
+    """ModelRef → local directory that `from_pretrained` takes. Models pass between stages as directories."""
     held_out: list[dict[str, Any]] | None = None
     rank: int = 0
     world_size: int = 1

@@ -56,8 +56,9 @@ class BoundCoefficient:
 class ControlLoop:
     """Reads `control.jsonl` on rank 0, broadcasts, and applies on every rank at the boundary before a step.
 
-    A method calls `boundary(step)` on every rank before each optimizer step. A coefficient of the loss is written there and is
-    in force at that step; a coefficient of the rollout waits for `boundary(step, rollout=True)`, the first step of a rollout.
+    A method calls `boundary(step)` on every rank before each optimizer step. A coefficient of the loss is written there
+    and is in force at that step; a coefficient of the rollout waits for `boundary(step, rollout=True)`, the first step
+    of a rollout.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ def load_rows(reference: DataRef, blobs: Path, kind: str) -> list[Row]:
         kind: What the method trains on; rows with a prompt of any kind serve where `prompts` are wanted.
 
     Raises:
-        DataError: The blob is missing or damaged, the kind is another, or a row cannot be used; the message has its number.
+        DataError: The blob is missing or damaged, the kind is another, or a row, named by its number, cannot be used.
     """
     match reference:
         case NamedData(name=name):
@@ -124,8 +124,8 @@ def say_what_fits(
     what = context.method.rows
     if not kept:
         raise DataError(
-            f"{context.method.name}: none of the {rows} {what} fits in max_length={max_length} tokens; raise max_length, "
-            f"or take a model with a longer context"
+            f"{context.method.name}: none of the {rows} {what} fits in max_length={max_length} tokens; "
+            f"raise max_length, or take a model with a longer context"
         )
     if kept < rows:
         context.emit.notice(

@@ -1,6 +1,6 @@
 """One job beside the accelerator, on every rank: read the spec, resolve what it names, train, save.
 
-`preload` is what a standby does ahead of time; `run` is the job. Errors go up as they are: the worker records their one line.
+`preload` is what a standby does ahead of time; `run` is the job. Errors go up as they are: the worker records one line.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""From a model reference to a local directory. Models pass between stages as saved directories, never as objects in memory:
-TRL's DPO reloads its reference from the path a model was loaded from, and after an in-memory SFT that is the pre-SFT model.
+"""From a model reference to a local directory.
+
+Models pass between stages as saved directories, never as objects in memory: TRL's DPO reloads its reference from where
+a model was loaded, and after an in-memory SFT that is the pre-SFT model.
 """
 
 from __future__ import annotations
@@ -80,12 +82,13 @@ def _from_hub(repo_id: str, revision: str | None, emit: Emitter) -> str:
         first = (str(error).strip().splitlines() or [""])[0]
         at = f" at {revision}" if revision else ""
         raise NotFoundError(
-            f'model "{repo_id}"{at} cannot be fetched ({type(error).__name__}: {first}); check its name, or give a directory'
+            f'model "{repo_id}"{at} cannot be fetched ({type(error).__name__}: {first}); '
+            f"check its name, or give a directory"
         ) from None
     return _full_model(Path(path), emit)
 
 
-# --- adapters -------------------------------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------------------------
 
 
 def _full_model(path: Path, emit: Emitter) -> str:
@@ -124,7 +127,8 @@ def _merge(base: Path, adapter: Path, target: Path) -> None:
             (line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error).splitlines()[0]
         )
         raise SpecError(
-            f'adapter "{adapter.name}" does not fit its base "{base.name}" ({first[:160]}); it was trained on another base'
+            f'adapter "{adapter.name}" does not fit its base "{base.name}" ({first[:160]}); '
+            f"it was trained on another base"
         ) from None
     merged.save_pretrained(target)
     tokenizer_from = adapter if (adapter / "tokenizer_config.json").exists() else base
@@ -144,6 +148,9 @@ def once(target: Path) -> Iterator[Path | None]:
             if target.exists():
                 yield None
                 return
+            # We hold the lock: whoever left these was killed.
+            for abandoned in target.parent.glob(f".{target.name}.*.tmp"):
+                shutil.rmtree(abandoned, ignore_errors=True)
             scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
             scratch.mkdir()
             try:
@@ -153,7 +160,7 @@ def once(target: Path) -> Iterator[Path | None]:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-# --- the toy world's SFT model --------------------------------------------------------------------------------------------
+# --- the toy world's SFT model --------------------------------------------------------------------------------------
 
 
 def toy_sft_path() -> Path:
@@ -204,11 +211,11 @@ def toy_sft(emit: Emitter) -> Path:
     return target
 
 
-# --- reading and writing --------------------------------------------------------------------------------------------------
+# --- reading and writing --------------------------------------------------------------------------------------------
 
 
 def load_model(path: str, architecture: Any = None, **kwargs: Any) -> Any:
-    """A model of a directory in float32 on the CPU unless told otherwise. Code that a repository carries is never run."""
+    """A model of a directory, in float32 on the CPU unless told otherwise. Code that it carries is never run."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb.data.rows import Prompt, iter_prompts, prompt_text
+from rlhf_nb.methods.base import GradientMethod
 from rlhf_nb.protocol.events import SampleItem
+from rlhf_nb.rewards.resolve import scorer
 from rlhf_nb.training import data, models
 from rlhf_nb.training.rng import undisturbed
 
@@ -60,8 +62,7 @@ class Sampler:
     def of(cls, context: Context, trainer: Any, base: str) -> Sampler:
         """For a causal model in one of transformers' trainers, trained from the directory `base`."""
         method = context.method
-        from rlhf_nb.rewards.resolve import scorer
-
+        assert isinstance(method, GradientMethod)
         rows = context.held_out or context.rows
         prompts = [prompt for _, prompt in zip(range(PROMPTS), iter_prompts(rows), strict=False)]
         return cls(
@@ -105,10 +106,10 @@ class Sampler:
 
     def metrics(self, items: list[SampleItem]) -> dict[str, float]:
         """Means over the sample, for the charts."""
-        named = {
+        named: dict[str, list[Any]] = {
             "kl/policy_reference": [item.kl for item in items],
-            "reward/mean": [item.score for item in items],
-            "gold/mean": [item.gold for item in items],
+            "reward/score": [item.score for item in items],
+            "reward/gold": [item.gold for item in items],
             "completion/length_mean": [item.length for item in items],
         }
         there = {name: [float(v) for v in values if v is not None] for name, values in named.items()}
@@ -248,7 +249,7 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def sequence_logprobs(model: Any, prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
-    """log p(completion | prompt), nats, summed over its tokens. Call it inside `undisturbed`: it switches to eval mode."""
+    """log p(completion | prompt) in nats, summed over tokens. Call it inside `undisturbed`: it sets eval mode."""
     import torch
 
     from rlhf_nb.maths.logprobs import position_ids, predicting_slice, token_logprobs

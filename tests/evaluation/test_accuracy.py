@@ -12,7 +12,9 @@ EASY = [{"prompt": f"Question {i}?", "chosen": "Yes, of course.", "rejected": "z
 
 
 def test_a_trained_reward_model_is_measured_beside_the_longer_text(job):
-    job("reward", EASY, name="rm-1", config={"max_steps": 20, "batch_size": 4, "learning_rate": 1e-2, "max_length": 200})
+    job(
+        "reward", EASY, name="rm-1", config={"max_steps": 20, "batch_size": 4, "learning_rate": 1e-2, "max_length": 200}
+    )
     rows = [*EASY, {"prompt": "Question 9?", "chosen": "zzzz", "rejected": "Yes, of course."}]
     place = job("evaluate", rows, name="evaluate-1", policy=RunModel(run_id="rm-1"))
     (result,) = [e for e in place.events() if e.kind == "result"]

@@ -19,7 +19,7 @@ CONFIG = {"max_steps": 3, "batch_size": 2, "sample_every": 0, "learning_rate": 1
 
 @pytest.fixture
 def job(job, tiny_model_maker):
-    # TRL switches dropout modules off and leaves the attention's own on: with it the policy is never quite the reference.
+    # TRL switches dropout modules off and leaves the attention's own on: the policy would never be the reference.
     job.model = tiny_model_maker("still", dropout=0.0)
     return job
 
@@ -34,14 +34,23 @@ def test_at_the_reference_the_loss_is_log_two_and_every_log_ratio_is_zero(job, t
 @pytest.mark.parametrize("adapter", [None, LoRA(r=4)])
 def test_the_reference_is_the_saved_policy_it_starts_from(job, trace, adapter):
     sft = job("sft", demonstrations(6), name="sft-1", config=CONFIG)
-    place = job("dpo", pairs(1), name="dpo-1", policy=RunModel(run_id="sft-1"), config={**CONFIG, "batch_size": 1}, adapter=adapter)
+    place = job(
+        "dpo",
+        pairs(1),
+        name="dpo-1",
+        policy=RunModel(run_id="sft-1"),
+        config={**CONFIG, "batch_size": 1},
+        adapter=adapter,
+    )
     (row,) = pairs(1)
     tokenizer = AutoTokenizer.from_pretrained(sft.model)
     reference = AutoModelForCausalLM.from_pretrained(sft.model)
     prompt = prompt_ids(row["prompt"], tokenizer)
 
     def logprob(model, side):
-        return sequence_logprobs(model, [prompt], [conversation_ids(row["prompt"], row[side], tokenizer)[len(prompt) :]])[0]
+        return sequence_logprobs(
+            model, [prompt], [conversation_ids(row["prompt"], row[side], tokenizer)[len(prompt) :]]
+        )[0]
 
     # Step 1: the policy still is the reference.
     for side in ("chosen", "rejected"):
@@ -53,7 +62,9 @@ def test_the_reference_is_the_saved_policy_it_starts_from(job, trace, adapter):
 def test_the_loss_is_equation_seven_of_our_own_maths(job, trace):
     place = job("dpo", pairs(3), config={**CONFIG, "batch_size": 1, "beta": 0.4})
     for step in (2, 3):
-        reference = {s: trace(place, f"logprob/{s}")[step] - trace(place, f"log_ratio/{s}")[step] for s in ("chosen", "rejected")}
+        reference = {
+            s: trace(place, f"logprob/{s}")[step] - trace(place, f"log_ratio/{s}")[step] for s in ("chosen", "rejected")
+        }
         policy = {s: trace(place, f"logprob/{s}")[step] for s in ("chosen", "rejected")}
         loss = dpo_loss(
             torch.tensor([policy["chosen"]]), torch.tensor([policy["rejected"]]),
@@ -75,7 +86,9 @@ def test_samples_carry_the_tether(job, trace):
     place = job("dpo", pairs(4), config={**CONFIG, "sample_every": 3, "sample_tokens": 6})
     assert set(trace(place, "kl/policy_reference")) == {3}
     (samples,) = [e for e in place.events() if e.kind == "samples"]
-    assert trace(place, "kl/policy_reference")[3] == pytest.approx(sum(i.kl for i in samples.items) / len(samples.items))
+    assert trace(place, "kl/policy_reference")[3] == pytest.approx(
+        sum(i.kl for i in samples.items) / len(samples.items)
+    )
 
 
 def test_beta_must_be_positive():

@@ -26,7 +26,10 @@ def test_the_saved_model_is_plain_safetensors_with_its_tokenizer(job):
     trained = AutoModelForCausalLM.from_pretrained(place.model)
     base = AutoModelForCausalLM.from_pretrained(job.model)
     assert not torch.equal(logits(trained), logits(base))
-    assert AutoTokenizer.from_pretrained(place.model).chat_template == AutoTokenizer.from_pretrained(job.model).chat_template
+    assert (
+        AutoTokenizer.from_pretrained(place.model).chat_template
+        == AutoTokenizer.from_pretrained(job.model).chat_template
+    )
 
 
 def test_lora_saves_merged_weights_that_plain_transformers_loads_and_the_adapter_beside(job):
@@ -78,7 +81,9 @@ def test_prompts_longer_than_max_length_are_dropped_and_counted_and_all_of_them_
     place = job("sft", [*demonstrations(2), long], config={**CONFIG, "max_steps": 1})
     (notice,) = [e for e in place.events() if e.kind == "notice" and e.code == "rows_dropped"]
     assert notice.text == "1 of 3 demonstrations do not fit in max_length=400 tokens and were dropped"
-    with pytest.raises(DataError, match=r"none of the 1 demonstrations fits in max_length=400 tokens; raise max_length"):
+    with pytest.raises(
+        DataError, match=r"none of the 1 demonstrations fits in max_length=400 tokens; raise max_length"
+    ):
         job("sft", [long], name="none", config=CONFIG)
 
 
@@ -89,14 +94,18 @@ def test_more_than_the_models_context_is_not_used_and_said(job):
 
 
 def test_a_batch_that_does_not_split_over_micro_batches_is_refused(job):
-    with pytest.raises(SpecError, match=r"batch_size=2 does not split over 1 ranks × 3 micro-batches; use a multiple of 3"):
+    with pytest.raises(
+        SpecError, match=r"batch_size=2 does not split over 1 ranks × 3 micro-batches; use a multiple of 3"
+    ):
         job("sft", demonstrations(4), config={**CONFIG, "gradient_accumulation": 3})
 
 
 def test_accumulating_two_halves_is_one_step_of_the_whole(job, trace, tiny_model_maker):
     job.model = tiny_model_maker("no-dropout", dropout=0.0)
     whole = job("sft", demonstrations(8), name="whole", config={**CONFIG, "batch_size": 4})
-    halves = job("sft", demonstrations(8), name="halves", config={**CONFIG, "batch_size": 4, "gradient_accumulation": 2})
+    halves = job(
+        "sft", demonstrations(8), name="halves", config={**CONFIG, "batch_size": 4, "gradient_accumulation": 2}
+    )
     assert trace(halves, "loss") == pytest.approx(trace(whole, "loss"), rel=1e-5)
     assert [e.step for e in halves.events() if e.kind == "metric"] == [1, 2, 3]
 

@@ -46,7 +46,11 @@ def test_what_is_no_finite_number_is_one_line_that_says_which(body, line):
 
 
 def test_helpers_may_stand_beside_the_function():
-    source = "import math\nSCALE = 2\ndef helper(x):\n    return x * SCALE\n" + HEAD + "    return [helper(len(c)) for c in completions]"
+    source = (
+        "import math\nSCALE = 2\ndef helper(x):\n    return x * SCALE\n"
+        + HEAD
+        + "    return [helper(len(c)) for c in completions]"
+    )
     assert from_reference(FunctionReward(name="mine", source=source))(["p"], ["abc"]) == [6.0]
 
 

@@ -10,7 +10,11 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from rlhf_nb.errors import RewardError, SpecError
 from rlhf_nb.rewards.model import RewardModelScorer
 
-PROMPTS = ["Who?", "What does the bakery sell?", [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Bye"}]]
+PROMPTS = [
+    "Who?",
+    "What does the bakery sell?",
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Bye"}],
+]
 COMPLETIONS = ["Anna.", "The bakery sells bread. You could ask Ben. I hope this helps!", "Bye."]
 
 

@@ -68,7 +68,8 @@ def ours(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, job_class: 
     # A gold reward that draws random numbers: what is only looked at must not reach the training either.
     gold = FunctionReward(
         name="dice",
-        source="import random\ndef dice(prompts, completions, **columns):\n    return [random.random() for _ in completions]",
+        source="import random\n"
+        "def dice(prompts, completions, **columns):\n    return [random.random() for _ in prompts]",
     )
     places = {
         method: jobs.prepare(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from rlhf_nb.protocol.control import SaveCheckpoint, Sample, SetCoefficient, Stop
+from rlhf_nb.protocol.control import Sample, SaveCheckpoint, SetCoefficient, Stop
 from rlhf_nb.protocol.spec import FunctionReward
 from rlhf_nb.toy import demonstrations, pairs
 from rlhf_nb.training.callback import learning_rate

@@ -45,7 +45,12 @@ def test_toy_is_a_directory_that_plain_transformers_loads(resolve):
 
 
 def test_a_bare_adapter_is_merged_into_its_base_once(job, resolve):
-    place = job("sft", demonstrations(4), config={"max_steps": 2, "batch_size": 2, "sample_every": 0, "learning_rate": 1e-2}, adapter=LoRA(r=4))
+    place = job(
+        "sft",
+        demonstrations(4),
+        config={"max_steps": 2, "batch_size": 2, "sample_every": 0, "learning_rate": 1e-2},
+        adapter=LoRA(r=4),
+    )
     path = Path(resolve(PathModel(path=str(place.model / "adapter"))))
     again = resolve(PathModel(path=str(place.model / "adapter")))
     assert str(path) == again
@@ -54,7 +59,9 @@ def test_a_bare_adapter_is_merged_into_its_base_once(job, resolve):
 
 
 def test_an_adapter_of_another_base_is_refused(job, resolve, tiny_model_maker):
-    place = job("sft", demonstrations(4), config={"max_steps": 1, "batch_size": 2, "sample_every": 0}, adapter=LoRA(r=4))
+    place = job(
+        "sft", demonstrations(4), config={"max_steps": 1, "batch_size": 2, "sample_every": 0}, adapter=LoRA(r=4)
+    )
     wide = tiny_model_maker("wide", hidden_size=64)
     file = place.model / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())

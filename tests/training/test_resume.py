@@ -19,7 +19,8 @@ def dies(path) -> FunctionReward:
     """A gold reward that raises once."""
     source = (
         f"def dies(prompts, completions, **columns):\n    import os\n    if os.path.exists({str(path)!r}):\n"
-        f"        os.remove({str(path)!r})\n        raise RuntimeError('the machine is gone')\n    return [0.0] * len(completions)"
+        f"        os.remove({str(path)!r})\n        raise RuntimeError('the machine is gone')\n"
+        "    return [0.0] * len(completions)"
     )
     return FunctionReward(name="dies", source=source)
 
