@@ -55,7 +55,9 @@ class Connection:
         deadline = time.monotonic() + timeout
         self._link.start(self._received, self._gone)
         # On the control channel, which answers while a cell runs; and never `wait_for_ready`, which waits for silence.
-        features = self._ask("kernel_info_request", {}, deadline, channel="control").get("supported_features") or []
+        # Asked again and again: ipykernel 6 never reads a control message that came before its control thread ran.
+        said = self._ask("kernel_info_request", {}, deadline, again_s=0.3, channel="control")
+        features = said.get("supported_features") or []
         if "kernel subshells" in features:
             # While a cell runs, the main shell answers when it ends; a subshell answers at once.
             self._subshell = self._ask("create_subshell_request", {}, deadline, channel="control").get("subshell_id")
@@ -92,14 +94,19 @@ class Connection:
             )
         return as_error(name, value)
 
-    def _ask(self, kind: str, content: dict[str, Any], deadline: float, **options: Any) -> dict[str, Any]:
-        """A plain Jupyter request and its reply."""
+    def _ask(
+        self, kind: str, content: dict[str, Any], deadline: float, *, again_s: float = 0.0, **options: Any
+    ) -> dict[str, Any]:
+        """A plain Jupyter request and its reply; sent again every `again_s` seconds where that is harmless."""
         future: Future[Any] = Future()
-        with self._lock:
-            self._waiting[self._link.send(kind, content, **options)] = future
+        sent = 0.0
         while True:
+            if not sent or (again_s and time.monotonic() - sent > again_s):
+                sent = time.monotonic()
+                with self._lock:
+                    self._waiting[self._link.send(kind, content, **options)] = future
             try:
-                return future.result(0.25)
+                return future.result(0.1)
             except FutureTimeoutError:
                 self._raise_if_lost()
                 if time.monotonic() > deadline:
@@ -157,7 +164,7 @@ class Connection:
         elif kind.endswith("_reply"):
             with self._lock:
                 future = self._waiting.pop(message["parent_header"].get("msg_id", ""), None)
-            if future is not None:
+            if future is not None and not future.done():
                 future.set_result(content)
 
     def _from_agent(self, kind: str, data: dict[str, Any], buffers: list[Any]) -> None:
