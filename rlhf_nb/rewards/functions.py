@@ -48,9 +48,12 @@ def from_source(source: str, name: str) -> Callable[..., Any]:
 def checked(function: Callable[..., Any], name: str) -> RewardFunction:
     """The same function; what it returns is one finite number per completion, or a RewardError says which is not."""
 
+    takes = _takes(function)
+
     def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+        wanted = {column: values for column, values in columns.items() if takes is None or column in takes}
         try:
-            returned = function(list(prompts), list(completions), **columns)
+            returned = function(list(prompts), list(completions), **wanted)
         except RlhfError:
             raise
         except Exception as error:
@@ -58,6 +61,14 @@ def checked(function: Callable[..., Any], name: str) -> RewardFunction:
         return finite(returned, len(completions), name)
 
     return score
+
+
+def _takes(function: Callable[..., Any]) -> set[str] | None:
+    """Names of the columns that a function can be given; None where it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name for parameter in parameters}
 
 
 def finite(returned: Any, n: int, name: str) -> list[float]:

@@ -1,0 +1,119 @@
+"""Sampling: what the decode loop gives is what the model says, whatever shares the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf_nb.maths.logprobs import position_ids
+from rlhf_nb.training.actor_critic import ActorCritic, Reference, trunk_and_head
+from rlhf_nb.training.rollout.base import uniforms
+from rlhf_nb.training.rollout.transformers_backend import TransformersSampler, pad_left, pick
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
+ENDS = set(range(20, 90))
+"""Many end tokens, so that completions of a random model end at different places."""
+
+
+@pytest.fixture
+def model(tiny_model_maker):
+    path = tiny_model_maker("still", dropout=0.0)
+    return AutoModelForCausalLM.from_pretrained(path).double().eval()
+
+
+@pytest.fixture
+def sampler(model):
+    return TransformersSampler(*trunk_and_head(model), end_tokens=ENDS, pad_token=1)
+
+
+def naive(model, prompt, chance, temperature):
+    """One row, no cache, no padding."""
+    tokens, logprobs = list(prompt), []
+    for u in chance:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokens])).logits[0, -1] / temperature
+        cumulative = logits.softmax(-1).cumsum(-1)
+        token = int((cumulative <= u * cumulative[-1]).sum())
+        logprobs.append(logits.log_softmax(-1)[token].item())
+        tokens.append(token)
+        if token in ENDS:
+            break
+    return tokens[len(prompt) :], logprobs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_tokens_and_logprobs_are_those_of_each_row_decoded_alone(model, sampler, temperature):
+    chance = uniforms(3, 0, range(4), 9)
+    sampled = sampler.sample(PROMPTS, chance, temperature=temperature)
+    lengths = set()
+    for row, prompt in enumerate(PROMPTS):
+        tokens, logprobs = naive(model, prompt, chance[row], temperature)
+        mask = sampled.mask_BT[row]
+        assert sampled.tokens_BT[row][mask].tolist() == tokens
+        np.testing.assert_allclose(sampled.behavior_logprobs_BT[row][mask].numpy(), logprobs, rtol=1e-9)
+        assert bool(sampled.ended_B[row]) == (tokens[-1] in ENDS)
+        assert mask.tolist() == [True] * len(tokens) + [False] * (mask.numel() - len(tokens))
+        lengths.add(len(tokens))
+    assert len(lengths) > 1
+
+
+def test_the_end_token_counts_where_it_is_also_the_pad_token(model):
+    sampler = TransformersSampler(*trunk_and_head(model), end_tokens=ENDS | {1}, pad_token=25)
+    sampled = sampler.sample(PROMPTS, uniforms(3, 0, range(4), 9), temperature=1.0)
+    assert sampled.ended_B.any()
+    for row in sampled.ended_B.nonzero().flatten().tolist():
+        kept = sampled.tokens_BT[row][sampled.mask_BT[row]].tolist()
+        assert kept[-1] in ENDS | {1} and not set(kept[:-1]) & (ENDS | {1})
+
+
+def test_a_row_s_chance_does_not_depend_on_which_rows_are_drawn_with_it():
+    whole = uniforms(7, 2, range(6), 5)
+    np.testing.assert_array_equal(uniforms(7, 2, [1, 3, 5], 5), whole[[1, 3, 5]])
+    np.testing.assert_array_equal(uniforms(7, 2, range(6), 3), whole[:, :3])
+    for other in (uniforms(8, 2, range(6), 5), uniforms(7, 3, range(6), 5), uniforms(7, 1 << 60, range(6), 5)):
+        assert not np.isin(other, whole).any()
+    assert whole.min() >= 0 and whole.max() < 1
+
+
+def test_tokens_are_picked_with_their_probabilities():
+    logprobs = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64).log()
+    even = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    counts = pick(logprobs.expand(1000, 4), even).bincount(minlength=4)
+    assert counts.tolist() == [500, 0, 300, 200]
+    assert pick(logprobs[None], torch.zeros(1, dtype=torch.float64)).item() == 0
+    assert pick(logprobs[None], torch.full((1,), 1 - 2**-53, dtype=torch.float64)).item() == 3
+
+
+def test_the_trained_module_reads_the_logprobs_that_the_sampler_gave(model, sampler):
+    sampled = sampler.sample(PROMPTS, uniforms(3, 0, range(4), 9), temperature=0.7)
+    tokens_BP, seen_BP = pad_left(PROMPTS, 1, torch.device("cpu"))
+    row = (torch.cat([tokens_BP, sampled.tokens_BT], 1), torch.cat([seen_BP, sampled.mask_BT], 1), sampled.mask_BT)
+    module = ActorCritic(model, None, 32).double()
+    logprobs, entropy, values = module(*row, temperature=0.7)
+    torch.testing.assert_close(logprobs, sampled.behavior_logprobs_BT, rtol=1e-9, atol=1e-12)
+    theirs = Reference(None, model).logprobs(*row, temperature=0.7)
+    torch.testing.assert_close(theirs, sampled.behavior_logprobs_BT, rtol=1e-9, atol=1e-12)
+    # What stands under the pads, on either side, changes nothing.
+    noise = torch.where(row[1], row[0], torch.randint(300, row[0].shape) % 260)
+    again, _, _ = module(noise, *row[1:], temperature=0.7)
+    torch.testing.assert_close(again, logprobs, rtol=1e-9, atol=1e-12)
+
+
+def test_values_are_read_before_the_token_they_value(model):
+    module = ActorCritic(model, None, 32).double()
+    torch.nn.init.ones_(module.value_head.weight)
+    tokens = torch.randint(2, 200, (2, 7))
+    seen = torch.ones(2, 7, dtype=torch.bool)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    before = module(tokens, seen, mask)[2]
+    changed = tokens.clone()
+    changed[:, 5] += 1
+    after = module(changed, seen, mask)[2]
+    torch.testing.assert_close(after[:, :2], before[:, :2], rtol=1e-12, atol=1e-12)
+    assert (after[:, 2] != before[:, 2]).all()
+
+
+def test_positions_ignore_the_padding():
+    assert position_ids(torch.tensor([[False, True, True]])).tolist() == [[0, 0, 1]]
