@@ -1,8 +1,8 @@
 """Every error this package raises on purpose.
 
-One root, `RlhfError`; each error is also the builtin a caller would expect to catch. A message is one line: what happened,
-with the field and the value, and the way out. In a notebook the line is all that is shown: IPython asks an exception that has
-`_render_traceback_` for its own rendering.
+One root, `RlhfError`; each error is also the builtin a caller would expect to catch. A message is one line: what
+happened, with the field and the value, and the way out. In a notebook the line is all that is shown: IPython asks an
+exception that has `_render_traceback_` for its own rendering.
 """
 
 from __future__ import annotations

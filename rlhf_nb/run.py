@@ -62,15 +62,15 @@ class Pending:
             if answer is not None:
                 return answer
             if fold.is_terminal:
-                raise RunFailedError(f"{self._run.id}: the run {fold.state} before {self._what} came into force")
+                raise RunFailedError(f"{self._run.id}: the run {fold.state} before {self.what} came into force")
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"{self._run.id}: {self._what} is not in force after {timeout:g} s; it still may come"
+                    f"{self._run.id}: {self.what} is not in force after {timeout:g} s; it still may come"
                 )
             time.sleep(POLL_S)
 
     @property
-    def _what(self) -> str:
+    def what(self) -> str:
         control = self.control
         return f"{control.name}={control.value:g}" if isinstance(control, controls.SetCoefficient) else control.op
 
@@ -89,7 +89,7 @@ class Pending:
         return None
 
     def __repr__(self) -> str:
-        return f"<asked of {self._run.id}: {self._what}>"
+        return f"<asked of {self._run.id}: {self.what}>"
 
 
 class Run:

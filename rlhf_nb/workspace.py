@@ -173,7 +173,7 @@ class Workspace:
     def keep_rows(self, rows: Iterable[Mapping[str, Any]], kind: str, name: str) -> BlobData:
         """Rows by content hash, ready to travel."""
         rows = list(rows)
-        return BlobData(content_hash=self.store.put_rows(rows), row_kind=kind, n=len(rows), name=name)  # type: ignore[arg-type]
+        return BlobData(content_hash=self.store.put_rows(rows), row_kind=kind, n=len(rows), name=name)
 
     def label(
         self, name: str, *, mode: str = "pair", annotator: str | None = None, n: int | None = None
@@ -324,7 +324,8 @@ class Workspace:
         if not fresh:
             self._indexed[run.id] = done
             return
-        self.store.add_events(run.id, [event for event in fresh if event.kind not in ("metric", "samples")])
+        kept = [event.model_dump(mode="json") for event in fresh if event.kind not in ("metric", "samples")]
+        self.store.add_events(run.id, kept)
         for event in fresh:
             if event.kind in _AUDITED:
                 detail = event.model_dump(mode="json", exclude={"log_tail"})
@@ -335,7 +336,7 @@ class Workspace:
             summary["metrics"] = fold.rows[-1].values
         changes: dict[str, Any] = {"state": fold.state, "last_seq": fresh[-1].seq, "summary": summary}
         if fold.model is not None:
-            self.store.add_model(run.id, path=fold.model.path, content_hash=fold.model.content_hash)
+            self.store.add_model(run.id, fold.model.path, run_id=run.id, content_hash=fold.model.content_hash)
         if fold.state in TERMINAL:
             import datetime
 

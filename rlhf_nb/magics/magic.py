@@ -21,7 +21,7 @@ _TOP = ("policy", "base", "data", "prompts", "reward", "gold", "adapter", "launc
 class RlhfMagic:
     # `%rlhf?` reads `__doc__`. Making it imports every method's class, so it is made only then.
     __name__ = "rlhf"
-    __doc__ = property(lambda self: help_text())  # type: ignore[assignment]
+    __doc__ = property(lambda self: help_text())
 
     def __call__(self, line: str, cell: str | None = None) -> Any:
         words = parser.split(line)
@@ -140,7 +140,7 @@ def _set(ws: Workspace, args: argparse.Namespace) -> Any:
         pending.append(run.set(name, float(number), why=args.why))
     if run.state == "paused":
         # Nothing comes into force during a pause; the panel shows it as asked.
-        return Lines([f"{p.control.name}={p.control.value:g} asked; in force when the run goes on" for p in pending])
+        return Lines([f"{p.what} asked; in force when the run goes on" for p in pending])
     return Lines([str(p.wait()) for p in pending])
 
 

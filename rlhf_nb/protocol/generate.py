@@ -22,9 +22,11 @@ def typescript() -> str:
     """The whole file."""
     definitions: dict[str, Any] = {}
     unions = []
-    # What the kernel sends is complete, defaults written out; of what a view sends, a field with a default may be absent.
-    for name, adapter, mode in (("KernelMessage", KERNEL_MESSAGES, "serialization"), ("ViewMessage", VIEW_MESSAGES, "validation")):
-        schema = adapter.json_schema(mode=mode)
+    # What the kernel sends is complete, defaults written out; of what a view sends, a field with one may be absent.
+    for name, schema in (
+        ("KernelMessage", KERNEL_MESSAGES.json_schema(mode="serialization")),
+        ("ViewMessage", VIEW_MESSAGES.json_schema(mode="validation")),
+    ):
         definitions |= schema.pop("$defs")
         unions.append(f"export type {name} = {_type(schema)};\n")
     interfaces = [_interface(name, definitions[name]) for name in sorted(definitions)]

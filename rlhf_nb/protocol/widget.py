@@ -1,7 +1,8 @@
 """What a widget's kernel half and its views say to each other, discriminated by `kind`.
 
-These may change together with the JavaScript bundle: both halves ship in one wheel. `widgets/src/lib/protocol.ts` is generated
-from here. Metric rows travel beside a `frame` as one buffer of float64, column after column, NaN where a row lacks a metric.
+These may change together with the JavaScript bundle: both halves ship in one wheel. `widgets/src/lib/protocol.ts` is
+generated from here. Metric rows travel beside a `frame` as one buffer of float64, column after column, NaN where a row
+lacks a metric.
 """
 
 from __future__ import annotations
@@ -211,7 +212,17 @@ class LabelFailed(Message):
 
 
 KernelMessage = Annotated[
-    Status | Controls | Figures | Frame | Asset | ShownSamples | LogLines | Said | LabelQueue | LabelSaved | LabelFailed,
+    Status
+    | Controls
+    | Figures
+    | Frame
+    | Asset
+    | ShownSamples
+    | LogLines
+    | Said
+    | LabelQueue
+    | LabelSaved
+    | LabelFailed,
     Field(discriminator="kind"),
 ]
 

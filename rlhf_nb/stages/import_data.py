@@ -11,7 +11,7 @@ from rlhf_nb.errors import DataError, NotFoundError, did_you_mean
 from rlhf_nb.stages.resolve import NAMED_DATA
 
 if TYPE_CHECKING:
-    from rlhf_nb.data import Dataset
+    from rlhf_nb.data.dataset import Dataset
     from rlhf_nb.workspace import Workspace
 
 LABELS = "-labels"

@@ -103,6 +103,7 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> D
     if kind == rows:
         if reference is not None:
             return reference
+        assert dataset is not None
         return workspace.keep_rows(dataset.rows, kind, dataset.name)
     if rows == "prompts":
         source = dataset.rows if dataset is not None else workspace.dataset(value).rows
@@ -146,7 +147,7 @@ def function_reward(function: Callable[..., Any], name: str | None = None) -> Fu
     Raises:
         SpecError: A lambda, a closure, a method, or a function that uses a name it does not import.
     """
-    label = name or getattr(function, "__name__", "?")
+    label = str(name or getattr(function, "__name__", "?"))
     if not inspect.isfunction(function) or function.__name__ == "<lambda>":
         raise SpecError(
             f"reward {label}: a lambda or an object cannot travel; write def f(prompts, completions, **columns)"

@@ -72,7 +72,7 @@ def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
 def _generators() -> dict[str, Any]:
     """Python's, NumPy's and torch's. The loop draws from none of them, but a reward function may."""
     version, numbers, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    _, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": (version, list(numbers), gauss),
         "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),

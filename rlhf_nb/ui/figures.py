@@ -108,17 +108,37 @@ def tether() -> Figure:
     plot.line("x", "y", source=path, name="path", line_width=1.5, line_alpha=0.5)
     proxy = plot.scatter("x", "y", source=_source("proxy", "x", "y", "step"), name="proxy", size=7)
     _hover(plot, proxy, [("proxy reward", "@y{0.000}"), ("√KL", "@x{0.00} √nats"), ("step", "@step{0}")])
-    plot.line("x", "y", source=_source("gold_path", "x", "y"), name="gold_path", line_width=1.5, line_alpha=0.5, line_dash=[5, 3])
-    gold = plot.scatter("x", "y", source=_source("gold", "x", "y", "step"), name="gold", size=8, fill_alpha=0.0, line_width=1.8)
+    plot.line(
+        "x",
+        "y",
+        source=_source("gold_path", "x", "y"),
+        name="gold_path",
+        line_width=1.5,
+        line_alpha=0.5,
+        line_dash=[5, 3],
+    )
+    gold = plot.scatter(
+        "x", "y", source=_source("gold", "x", "y", "step"), name="gold", size=8, fill_alpha=0.0, line_width=1.8
+    )
     _hover(plot, gold, [("true reward", "@y{0.000}"), ("√KL", "@x{0.00} √nats"), ("step", "@step{0}")])
 
     plot.extra_y_ranges = {"win": Range1d(0, 1)}
-    axis = LinearAxis(y_range_name="win", axis_label="human win rate over the reference", name="win_axis", visible=False)
+    axis = LinearAxis(
+        y_range_name="win", axis_label="human win rate over the reference", name="win_axis", visible=False
+    )
     axis.ticker.desired_num_ticks = 5
     plot.add_layout(axis, "right")
     human_source = _source("human", "x", "y", "low", "high", "n", "step")
     human = plot.scatter(
-        "x", "y", source=human_source, name="human", marker="square", size=9, fill_alpha=0.0, line_width=1.8, y_range_name="win"
+        "x",
+        "y",
+        source=human_source,
+        name="human",
+        marker="square",
+        size=9,
+        fill_alpha=0.0,
+        line_width=1.8,
+        y_range_name="win",
     )
     whisker = Whisker(source=human_source, base="x", lower="low", upper="high", name="whisker", y_range_name="win")
     whisker.upper_head.size = whisker.lower_head.size = 8

@@ -1,7 +1,8 @@
-"""The live panel of a run: traits and message handlers; what it knows is in `follow.py`, what it draws in `figures.py`."""
+"""The live panel of a run: traits and message handlers. What it knows is in `follow.py`, its plots in `figures.py`."""
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from rlhf_nb.errors import RlhfError
 from rlhf_nb.protocol import widget as messages
 from rlhf_nb.protocol.events import TERMINAL, AnyEvent
 from rlhf_nb.ui import assets, figures
+from rlhf_nb.ui.desk import LabelDesk
 from rlhf_nb.ui.follow import Follower, set_cell
 from rlhf_nb.ui.frames import frames
 
@@ -23,7 +25,9 @@ BATCH_S = 0.05
 QUIET_S = 3.0
 """After so long without events the run is asked directly: a subscription dies with its agent, in silence."""
 UNASKED_S = 1.0
-"""A page that asked for the state and said no hello after so long cannot reach the kernel: it gets everything unasked."""
+"""A page that asked for the state and then said no hello cannot reach the kernel: it gets everything unasked."""
+PAIRS = 6
+"""Blind pairs drawn at a press of L."""
 GONE_S = 30.0
 """A page is no longer counted when another was heard this much later."""
 
@@ -56,6 +60,8 @@ class Panel(anywidget.AnyWidget):
         self._asked_at = time.monotonic()
         self._run_state = "waiting"
         self._trouble = ""
+        self._desk: LabelDesk | None = None
+        self._human_read = False
         self._esm, self._css = assets.bundle("panel.js"), assets.bundle("panel.css")
         super().__init__(run_id=run.id, **options)
         self.on_msg(self._on_message)
@@ -160,6 +166,9 @@ class Panel(anywidget.AnyWidget):
     def _send_controls(self, *, always: bool = False) -> None:
         controls = self._follower.controls()
         controls.can_label = controls.can_label and self._store is not None
+        if self._store is not None and not self._human_read:
+            self._human_read = True
+            self._later(self._read_labels)
         if always or controls != self._last_controls:
             self._last_controls = controls
             self._say(controls)
@@ -228,6 +237,8 @@ class Panel(anywidget.AnyWidget):
                 self._later(self._set, message)
             case messages.Command():
                 self._later(self._command, message.op)
+            case messages.LabelStart() | messages.LabelSubmitted() | messages.LabelUndone():
+                self._later(self._label, message)
 
     def _later(self, function: Any, *arguments: Any) -> None:
         """Asking the run may wait for the network: it happens in order, off the kernel's thread."""
@@ -259,6 +270,72 @@ class Panel(anywidget.AnyWidget):
         getattr(self._run, op)()
         words = {"pause": "pause", "resume": "resume", "stop": "stop", "checkpoint": "checkpoint"}[op]
         self._say(messages.Said(text=f"asked: {words}", cell=f"%rlhf {op} {self._run.id}"))
+
+    # -- label what you watch ------------------------------------------------------------------------------------------
+
+    def _label(self, message: Any) -> None:
+        """Six blind pairs of the newest samples, the policy against the reference, kept as labels of this run."""
+        if isinstance(message, messages.LabelStart):
+            self._desk = self._draw_pairs() or self._desk
+        if self._desk is not None:
+            self._desk.take(message)
+
+    def _draw_pairs(self) -> LabelDesk | None:
+        from rlhf_nb.labelling.items import model_items
+        from rlhf_nb.labelling.session import LabelSession
+
+        samples = self._follower.newest_samples()
+        if samples is None or self._store is None:
+            return None
+        items = [item for item in samples.items if item.reference_completion is not None]
+        # The same draw for everybody who labels this step, and another at the next.
+        chance = random.Random(f"{self._run.id} {samples.step}")
+        pairs = model_items(
+            [item.prompt for item in items],
+            [item.completion for item in items],
+            [item.reference_completion or "" for item in items],
+            (self._run.id, "reference"),
+        )
+        chance.shuffle(pairs)
+        if not pairs:
+            self._say(
+                messages.Said(level="error", text="policy and reference say the same everywhere; nothing to choose")
+            )
+            return None
+        queue = f"{self._run.id}@{samples.step}"
+        session = LabelSession(self._store, queue, pairs[:PAIRS], source=self._run.id)
+        return LabelDesk(
+            session,
+            self._say,
+            title=f"{self._run.id} at step {samples.step}",
+            summary=lambda: self._win_rate_line(queue),
+            changed=lambda: self._read_labels(queue),
+        )
+
+    def _read_labels(self, only: str | None = None) -> None:
+        """Win rates of this run's labelled steps, for the tether view."""
+        from rlhf_nb.errors import NotFoundError, ShapeError
+        from rlhf_nb.labelling.fold import win_rate
+
+        assert self._store is not None
+        queues = [only] if only else [q for q in self._store.queues() if q.startswith(f"{self._run.id}@")]
+        for queue in queues:
+            step = int(queue.rpartition("@")[2])
+            try:
+                rate = win_rate(self._store.labels(queue), self._run.id)
+            except (NotFoundError, ShapeError):
+                self._follower.human.pop(step, None)
+                continue
+            self._follower.human[step] = messages.HumanPoint(
+                step=step, win_rate=rate.value, low=rate.interval.low, high=rate.interval.high, n=rate.n
+            )
+        self._wake.set()
+
+    def _win_rate_line(self, queue: str) -> str:
+        point = self._follower.human.get(int(queue.rpartition("@")[2]))
+        if point is None:
+            return "No pair was decided."
+        return f"You preferred {self._run.id} in {point.win_rate:.0%} [{point.low:.0%}, {point.high:.0%}] of {point.n}."
 
     def _send_log(self, lines: int) -> None:
         self._say(messages.LogLines(lines=self._run.log_tail(lines)))

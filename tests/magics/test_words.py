@@ -81,9 +81,8 @@ def test_a_refused_line_takes_no_run_number(shell):
 
 
 def test_a_reward_function_of_a_cell_is_kept_and_listed(shell):
-    shell.run(
-        "%%rlhf reward-function brief\ndef f(prompts, completions, **columns):\n    return [-len(c) for c in completions]"
-    )
+    source = "def f(prompts, completions, **columns):\n    return [-len(c) for c in completions]"
+    shell.run(f"%%rlhf reward-function brief\n{source}")
     assert any(row["model"] == "brief" for row in shell.run("%rlhf models"))
     workspace.use(workspace.Workspace("rlhf-workspace"))
     assert "brief" in workspace.current().reward_functions

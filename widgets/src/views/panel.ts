@@ -1,4 +1,5 @@
 // The panel's frame: header, tabs, sliders, footer. Each tab is a view of its own.
+import { createLabeller } from "./labeller";
 import { h, setAttribute, setText } from "../lib/dom";
 import { copyText } from "../lib/clipboard";
 import { ago, clock, number, rate } from "../lib/format";
@@ -113,15 +114,51 @@ export function createPanel(el: HTMLElement, store: RunStore): () => void {
   const applied = h("span.rlhf-applied", { role: "status" });
   const undo = h("button.rlhf-link", { type: "button", hidden: true, onclick: () => undoLast() }, "undo");
   const cells = h("div.rlhf-cells", { hidden: true });
-  const footer = h("footer.rlhf-footer", {}, applied, undo);
+  const label = h("button.rlhf-link.rlhf-labelkey", { type: "button", hidden: true, title: "Judge six pairs blind: the policy as it is now against its start", onclick: () => openLabels() },
+    h("kbd", {}, "L"), " label 6");
+  const footer = h("footer.rlhf-footer", {}, applied, undo, label);
+  const body = h("div.rlhf-body", {}, stage, sliders.element);
+  const labels = h("div.rlhf-labels", { hidden: true });
 
   const root = h("div.rlhf-panel", { tabindex: 0, role: "region", "aria-label": "run" },
     header, bar, banner, failureLog,
     h("div.rlhf-tabline", {}, tablist, where),
-    h("div.rlhf-body", {}, stage, sliders.element),
-    footer, cells);
+    body, labels, footer, cells);
+  // How many metric rows this view holds: what a test or a screen reader's script can wait for.
+  const countRows = (): void => void (root.dataset.rows = String(store.rows.have));
+  on("rows", countRows);
+  countRows();
   // JupyterLab's command mode would take single keys for itself: `d d` deletes the cell.
-  root.addEventListener("keydown", (event) => event.stopPropagation());
+  root.addEventListener("keydown", (event) => {
+    event.stopPropagation();
+    const typing = event.target instanceof HTMLInputElement && event.target.type === "text";
+    if (event.key.toLowerCase() !== "l" || event.ctrlKey || event.metaKey || event.altKey || typing) return;
+    event.preventDefault();
+    openLabels();
+  });
+
+  // -- label what you watch
+  let endLabels: (() => void) | null = null;
+  function closeLabels(): void {
+    endLabels?.();
+    endLabels = null;
+    labels.hidden = true;
+    body.hidden = false;
+    root.focus();
+  }
+  function openLabels(): void {
+    if (endLabels || !store.controls?.can_label || store.gone) return;
+    labels.hidden = false;
+    body.hidden = true;
+    endLabels = createLabeller(labels, {
+      send: (message) => store.send(message),
+      onAnswer: (heard) => store.onLabel(heard),
+      gone: () => store.gone,
+      onHealth: (changed) => store.on("health", changed),
+    }, { onClose: closeLabels });
+    labels.querySelector<HTMLElement>(".rlhf-labeller")?.focus();
+  }
+  endings.push(() => endLabels?.());
 
   function drawHeader(): void {
     const status = store.status;
@@ -180,6 +217,7 @@ export function createPanel(el: HTMLElement, store: RunStore): () => void {
     undo.hidden = !last || !running;
     if (last) undo.title = `set ${last.name} back to ${number(last.old)}`;
     copy.disabled = !last && !said?.cell;
+    label.hidden = !store.controls?.can_label || store.gone;
   }
   function undoLast(): void {
     const last = store.controls?.changes.at(-1);
