@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_nb.compute.rundir import append_line
-from rlhf_nb.protocol.control import SaveCheckpoint, Sample, SetCoefficient
+from rlhf_nb.protocol.control import Sample, SaveCheckpoint, SetCoefficient
 from rlhf_nb.protocol.spec import Launch
 from rlhf_nb.toy import demonstrations
 from rlhf_nb.training import checkpoints
