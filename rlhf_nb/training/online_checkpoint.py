@@ -52,7 +52,7 @@ def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
     Raises:
         ComputeError: Its weights are not those that this spec trains.
     """
-    weights = load_file(path / "trained.safetensors", device=str(trainer.device))
+    weights = load_file(path / "trained.safetensors")
     trained = {n: p for n, p in trainer.module.named_parameters() if p.requires_grad}
     if weights.keys() != trained.keys():
         odd = sorted(weights.keys() ^ trained.keys())
@@ -60,7 +60,7 @@ def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    trainer.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=trainer.device, weights_only=True))
+    trainer.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
     generators = path / f"generators-{trainer.context.rank}.pt"
     if generators.exists():
         _restore(torch.load(generators, weights_only=True))

@@ -91,13 +91,13 @@ def test_the_trained_module_reads_the_logprobs_that_the_sampler_gave(model, samp
     tokens_BP, seen_BP = pad_left(PROMPTS, 1, torch.device("cpu"))
     row = (torch.cat([tokens_BP, sampled.tokens_BT], 1), torch.cat([seen_BP, sampled.mask_BT], 1), sampled.mask_BT)
     module = ActorCritic(model, None, 32).double()
-    logprobs, entropy, values = module(*row, temperature=0.7)
+    logprobs = module(*row, temperature=0.7)[0]
     torch.testing.assert_close(logprobs, sampled.behavior_logprobs_BT, rtol=1e-9, atol=1e-12)
     theirs = Reference(None, model).logprobs(*row, temperature=0.7)
     torch.testing.assert_close(theirs, sampled.behavior_logprobs_BT, rtol=1e-9, atol=1e-12)
     # What stands under the pads, on either side, changes nothing.
     noise = torch.where(row[1], row[0], torch.randint(300, row[0].shape) % 260)
-    again, _, _ = module(noise, *row[1:], temperature=0.7)
+    again = module(noise, *row[1:], temperature=0.7)[0]
     torch.testing.assert_close(again, logprobs, rtol=1e-9, atol=1e-12)
 
 
