@@ -11,8 +11,6 @@ from typing import Any
 import psutil
 import pytest
 
-from rlhf_nb.compute.rundir import RunDir
-
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 LOAD = "%load_ext rlhf_nb\n%rlhf workspace {workspace}\n%rlhf attach local {flags}"

@@ -1,0 +1,52 @@
+"""Every chapter runs from top to bottom, as "Run All" does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Execute a chapter in an empty folder; the text of each code cell's outputs, by the cell's first line."""
+    monkeypatch.setenv("RLHF_NB_AUTOLABEL", "toy-annotator")
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "a chapter is committed without outputs"
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client.execute()
+    texts = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            said = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs]
+            texts[cell.source.splitlines()[0]] = "\n".join(said)
+    return texts
+
+
+def test_the_quickstart_runs(tmp_path, monkeypatch):
+    texts = run("00_quickstart.ipynb", tmp_path, monkeypatch)
+    table = next(text for text in texts.values() if "true, end" in text)
+    assert "ppo-1" in table and "ppo-2" in table
+    assert any("learning_rate" in text and "at step" in text for text in texts.values())
+    assert (tmp_path / "rlhf-workspace" / "runs" / "ppo-2" / "model" / "model.safetensors").exists()
+
+
+def test_real_preferences_run_on_hh_harmless(tmp_path, monkeypatch, shared_data):
+    monkeypatch.setenv("RLHF_NB_DATA", str(shared_data))
+    texts = run("01_real_preferences.ipynb", tmp_path, monkeypatch)
+    said = "\n".join(texts.values())
+    assert "1,495 pairs" in said and "dropped 5" in said
+    assert "held-out accuracy 0." in said and "pick the shorter" in said
+
+
+def test_chapters_are_numbered_and_end_with_something_to_change():
+    names = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+    assert names[0] == "00_quickstart.ipynb" and os.fspath(NOTEBOOKS)
+    for name in names:
+        last = nbformat.read(NOTEBOOKS / name, as_version=4).cells[-1]
+        assert last.cell_type == "markdown" and "change something" in last.source
