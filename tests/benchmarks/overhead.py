@@ -1,0 +1,110 @@
+"""What watching and steering costs a step: worker CPU in our hooks, measured directly, and wall time beside plain TRL.
+
+Real runs of SFT, DPO and reward model on the toy model, short steps and long ones, with events on, control read at
+every step and a live panel's Python half attached and answering a page. Every step's event carries `time/hooks_s`, the
+CPU time (`time.thread_time`) that the worker spent in our callback since the last one, and `time/step_s`, the wall time of
+the step. Must: for steps of 50 ms or more the hooks take at most 1 % of the step, for shorter ones at most 0.5 ms.
+
+Beside it, interleaved: the wall time of a step (time between two metric events) against a plain TRL script with the same
+settings, which logs every step too, and against one that logs every 10th, TRL's default. Wall time holds the panel's own
+work where both share the cores, and everything else that the machine does.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import pairwise
+from typing import Any
+
+from common import Watch, interleave, parser, plain_trl, ratios, report, scratch, summary, text
+
+DATA = {"sft": "toy-demonstrations", "dpo": "toy-pairs", "reward": "toy-pairs"}
+BATCHES = {"short": 1, "long": 16}
+WARM_UP = 5
+
+
+def ours(workspace: Any, method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    import rlhf_nb as rl
+
+    cls = {"sft": rl.SFT, "dpo": rl.DPO, "reward": rl.RewardModel}[method]
+    run = workspace.train(cls(sample_every=0, **settings), base="toy", data=DATA[method])
+    panel = run.panel()
+    # A page that says hello: from then on the panel sends figures and frames as to a browser.
+    panel._handle_custom_msg({"kind": "hello", "page": "bench", "have": 0, "generation": -1, "figures": 0}, [])
+    watch = Watch(run)
+    run.wait(600)
+    metrics = [event for event in watch.of("metric") if event.step > WARM_UP]
+    watch.close()
+    panel.close()
+    assert len(metrics) == settings["max_steps"] - WARM_UP
+    hooks = [event.values["time/hooks_s"] for event in metrics]
+    steps = [event.values["time/step_s"] for event in metrics]
+    return {
+        "wall": statistics.median(b.t - a.t for a, b in pairwise(metrics)),
+        "step": statistics.median(steps),
+        "hooks": statistics.median(hooks),
+        "hooks_mean": statistics.fmean(hooks),
+        "share": sum(hooks) / sum(steps),
+    }
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    repeats = args.repeats or (1 if args.quick else 5)
+    cases = [("sft", "short")] if args.quick else [(method, size) for method in DATA for size in BATCHES]
+    figures: dict[str, Any] = {}
+    lines, met = [], {}
+    import rlhf_nb as rl
+
+    with scratch() as folder, rl.Workspace("w") as workspace:
+        # No standby: while a run trains, the next one imports, and that is seen on shared cores for some seconds.
+        workspace.attach("local", standby=False)
+        for method, size in cases:
+            steps = 120 if size == "short" else 40
+            settings = {
+                "max_steps": WARM_UP + steps, "batch_size": BATCHES[size], "max_length": 256, "learning_rate": 1e-4,
+            }  # fmt: skip
+
+            def plain(every: int, method: str = method, settings: dict[str, Any] = settings) -> float:
+                ends = plain_trl(folder, method, **settings, logging_steps=every)["step_ends"][WARM_UP - 1 :]
+                if every == 1:
+                    return statistics.median(b - a for a, b in pairwise(ends))
+                # The log falls on every tenth step: the median over whole tens holds its share.
+                return statistics.median((b - a) / every for a, b in zip(ends, ends[every:], strict=False))
+
+            arms = {
+                "ours": lambda method=method, settings=settings: ours(workspace, method, settings),
+                "plain": lambda plain=plain: plain(1),
+                "plain10": lambda plain=plain: plain(10),
+            }
+            found = interleave(repeats, arms)
+            mine = found["ours"]
+            step, hooks = summary([one["step"] for one in mine]), summary([one["hooks"] for one in mine])
+            mean, share = summary([one["hooks_mean"] for one in mine]), summary([one["share"] for one in mine])
+            wall = ratios([one["wall"] for one in mine], found["plain"])
+            wall10 = ratios([one["wall"] for one in mine], found["plain10"])
+            name = f"{method}/{size}"
+            figures[name] = {
+                "settings": settings, "step": step, "hooks": hooks, "hooks_mean": mean, "share": share,
+                "plain": summary(found["plain"]), "plain10": summary(found["plain10"]), "wall": wall, "wall10": wall10,
+            }  # fmt: skip
+            lines += [
+                f"{name}, batch {settings['batch_size']}: step {text(step, 'ms', 1e3, 1)}, plain TRL "
+                f"{text(summary(found['plain']), 'ms', 1e3, 1)}",
+                f"  hooks, CPU a step: mean {text(mean, 'ms', 1e3)}, median {text(hooks, 'ms', 1e3)} "
+                f"= {text(share, '%', 100, 2)} of the step",
+                f"  wall, ours / plain TRL {text(wall, '', 1, 3)}; / plain TRL logging every 10th {text(wall10, '', 1, 3)}",
+            ]
+            # Judged by the quieter of the two: a machine that slows steps down must not make hooks look cheaper.
+            quiet = min(step["median"], statistics.median(found["plain"]))
+            if quiet >= 0.05:
+                met[f"{name}: at most 1 % of a step"] = mean["median"] / quiet <= 0.01
+            else:
+                met[f"{name}: at most 0.5 ms a step"] = mean["median"] <= 0.0005
+        time.sleep(0.2)
+    report("overhead", args, lines, met, **figures)
+
+
+if __name__ == "__main__":
+    main()

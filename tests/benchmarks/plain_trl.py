@@ -1,0 +1,60 @@
+"""The peer: a plain TRL script, as a person writes it, that never heard of rlhf_nb. Settings come as one JSON argument.
+
+Prints one JSON object: `first_log` (Unix seconds of the first logged loss), `step_ends` (Unix seconds at which each
+optimizer step's log was there) and `cpu` (process CPU seconds then).
+"""
+
+import json
+import sys
+import time
+
+from datasets import Dataset
+from transformers import AutoTokenizer, TrainerCallback, set_seed
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+settings = json.loads(sys.argv[1])
+TRAINERS = {"sft": (SFTTrainer, SFTConfig), "reward": (RewardTrainer, RewardConfig), "dpo": (DPOTrainer, DPOConfig)}
+
+
+class Clock(TrainerCallback):
+    def __init__(self):
+        self.first_log, self.step_ends, self.cpu = None, [], []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.first_log is None and logs and "loss" in logs:
+            self.first_log = time.time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step_ends.append(time.time())
+        self.cpu.append(time.process_time())
+
+
+with open(settings["rows"]) as lines:
+    rows = [json.loads(line) for line in lines]
+trainer_class, config_class = TRAINERS[settings["method"]]
+set_seed(0)
+clock = Clock()
+trainer = trainer_class(
+    model=settings["model"],
+    args=config_class(
+        output_dir=settings["output"],
+        max_steps=settings["max_steps"],
+        per_device_train_batch_size=settings["batch_size"],
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type="linear",
+        max_length=settings["max_length"],
+        seed=0,
+        activation_checkpointing=False,
+        bf16=False,
+        logging_steps=settings.get("logging_steps", 1),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    ),
+    train_dataset=Dataset.from_list(rows),
+    processing_class=AutoTokenizer.from_pretrained(settings["model"]),
+    callbacks=[clock],
+)
+trainer.train()
+print(json.dumps({"first_log": clock.first_log, "step_ends": clock.step_ends, "cpu": clock.cpu}))
