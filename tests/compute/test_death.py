@@ -51,7 +51,6 @@ def test_a_killed_worker_is_a_failed_run_with_its_signal(attached_client: Client
     ("die", "code", "signal_name", "reason"),
     [
         ("error", 1, None, "ValueError: the probe was told to fail"),
-        ("our_error", 1, None, "rows: none fits max_length=4; raise max_length"),
         ("exit", 3, None, "SystemExit: 3"),
         ("segv", None, "SIGSEGV", "rank 0 was ended by SIGSEGV"),
         ("leave", 0, None, "every rank left with exit code 0 but training had not ended; see its log"),

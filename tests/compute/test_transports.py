@@ -79,7 +79,7 @@ def test_a_server_answers_pushes_and_keeps_its_token_out_of_urls(server: str, ca
         until(lambda: len(got) >= 1000, 20)
         assert got == list(range(4001, 5001))
         # The line drops; what is written meanwhile arrives once it stands again, each event once.
-        client._connection._link._client.kernel_socket.sock.close()  # type: ignore[union-attr]
+        client._connection._link._cut()  # type: ignore[union-attr]
         write_log(root, "probe-old", 10)
         until(lambda: len(got) >= 1010, 30)
         assert got == list(range(4001, 5011))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import queue
+import socket
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit, urlunsplit
@@ -14,6 +17,7 @@ from rlhf_nb.compute.transports.base import RECONNECTED, Channel, OnLost, OnMess
 from rlhf_nb.errors import AttachError
 
 HTTP_S = 20.0
+PULSE_S = 15.0
 _CHANNELS = ("iopub", "shell", "control")
 
 
@@ -108,11 +112,11 @@ def _message(text: str) -> str:
 
 
 class WebSocketLink:
-    """jupyter-kernel-client's websocket. A dropped connection is made again; the server keeps messages meanwhile."""
+    """jupyter-kernel-client's websocket. A dropped line is made again; the server keeps messages meanwhile."""
 
     compress = True
 
-    def __init__(self, endpoint: str, headers: dict[str, str], end: Any) -> None:
+    def __init__(self, endpoint: str, headers: dict[str, str], end: Callable[[bool], None]) -> None:
         from jupyter_kernel_client.wsclient import KernelWebSocketClient
 
         # No token argument: the client would put it into the URL. An interval of 0 would mean dead after a drop.
@@ -123,27 +127,31 @@ class WebSocketLink:
         self._closing = threading.Event()
         self._lost = False
         self._opened = 0
+        self._heard = time.monotonic()
         self._sending = threading.Lock()
 
     def start(self, on_message: OnMessage, on_lost: OnLost) -> None:
         client, on_open = self._client, self._client._on_open
 
-        def opened(socket: Any) -> None:
-            on_open(socket)
+        def opened(app: Any) -> None:
+            on_open(app)
             self._opened += 1
             if self._opened > 1:
                 # What was asked or pushed while the line was down may be lost.
                 on_message({"header": {"msg_type": RECONNECTED}, "parent_header": {}, "content": {}})
 
         client._on_open = opened
-        client.start_channels()
+        # Its thread is no daemon unless the one that starts it is, and would keep the notebook's kernel from ending.
+        starter = threading.Thread(target=client.start_channels, daemon=True)
+        starter.start()
+        starter.join()
         if not client.channels_running:
+            client.stop_channels()
             raise AttachError(f"attach server: no websocket within {HTTP_S:g} s; does a proxy in between allow it?")
         for name in _CHANNELS:
-            channel = getattr(client, f"{name}_channel")
-            threading.Thread(
-                target=self._read, args=(channel, on_message, on_lost), name=f"rlhf-{name}", daemon=True
-            ).start()
+            arguments = (getattr(client, f"{name}_channel"), on_message, on_lost)
+            threading.Thread(target=self._read, args=arguments, name=f"rlhf-{name}", daemon=True).start()
+        threading.Thread(target=self._pulse, name="rlhf-pulse", daemon=True).start()
 
     def _read(self, channel: Any, on_message: OnMessage, on_lost: OnLost) -> None:
         while not self._closing.is_set():
@@ -151,6 +159,7 @@ class WebSocketLink:
                 message = channel.get_msg(timeout=0.5)
             except queue.Empty:
                 continue
+            self._heard = time.monotonic()
             if message["header"]["msg_type"] == "status":
                 state = message["content"].get("execution_state")
                 if state in ("dead", "restarting") and not self._lost:
@@ -158,6 +167,23 @@ class WebSocketLink:
                     on_lost("the server's kernel died" if state == "dead" else "the server's kernel was restarted")
                 continue
             on_message(message)
+
+    def _pulse(self) -> None:
+        """A line that died without a word (a laptop slept, a proxy forgot) is cut, so that it is made again."""
+        while not self._closing.wait(PULSE_S):
+            if time.monotonic() - self._heard > 3 * PULSE_S:
+                self._heard = time.monotonic()
+                self._cut()
+            else:
+                self.send("kernel_info_request", {}, channel="control")
+
+    def _cut(self) -> None:
+        app = self._client.kernel_socket
+        try:
+            # Shut down, not closed: a closed descriptor would never wake the thread that waits on it.
+            app.sock.sock.shutdown(socket.SHUT_RDWR)
+        except (AttributeError, OSError):
+            pass  # it is down already, and being made again
 
     def send(
         self,
@@ -168,6 +194,8 @@ class WebSocketLink:
         subshell: str | None = None,
         buffers: list[bytes] | None = None,
     ) -> str:
+        from websocket import WebSocketException
+
         message = self._client.session.msg(kind, content)
         if subshell is not None:
             message["header"]["subshell_id"] = subshell
@@ -175,8 +203,11 @@ class WebSocketLink:
             message["buffers"] = buffers
         name = message["header"]["msg_id"]
         with self._sending:
-            if self._client.connection_ready.wait(HTTP_S):
-                getattr(self._client, f"{channel}_channel").send(message)
+            if self._client.connection_ready.wait(0 if self._closing.is_set() else HTTP_S):
+                try:
+                    getattr(self._client, f"{channel}_channel").send(message)
+                except (WebSocketException, OSError, AttributeError):
+                    pass  # lost with the line; whoever waits for its answer asks again when the line stands
         return name
 
     @property
