@@ -25,7 +25,7 @@ RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 NODE_READY := widgets/node_modules/.ready
 
-.PHONY: help lab demo check check-lint check-format check-types check-imports check-typescript check-protocol test \
+.PHONY: screenshots help lab demo check check-lint check-format check-types check-imports check-typescript check-protocol test \
 	test-python test-widgets format constraints clean
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -105,3 +105,8 @@ constraints: | $(BIN)/python
 clean:
 	rm -rf $(VENV) .venv-ipykernel6 widgets/node_modules rlhf_nb/ui/static build dist .mypy_cache .ruff_cache \
 		.import_linter_cache .pytest_cache report.html
+
+# The README's pictures, taken of the real thing.
+screenshots: $(DEV_READY) $(NODE_READY)
+	RLHF_NB_SCREENSHOTS=$(CURDIR)/widgets/screenshots $(BIN)/python -m pytest tests/e2e/test_label_and_ppo.py -q
+	rm -f widgets/screenshots/blind.png

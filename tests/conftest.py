@@ -210,7 +210,9 @@ class Job:
         spec.setdefault("policy", PathModel(path=str(self.model)))
         place = RunDir(self.root / name)
         config = cls.create(**(config or {})).model_dump(mode="json")
-        place.create(RunSpec(run_id=name, workspace_id="w", method=method, config=config, data=data, created=0.0, **spec))
+        place.create(
+            RunSpec(run_id=name, workspace_id="w", method=method, config=config, data=data, created=0.0, **spec)
+        )
         return place
 
     def run(self, place, *, attempt: int = 1, resume_from: Path | None = None):

@@ -178,14 +178,15 @@ class Page:
 
     def run_cell(self, index: int, *, wait: bool = True, seconds: float = 120) -> str:
         """Run one cell, by position; its output's text."""
-        before = self.count(index)
+        # A restarted kernel counts from 1 again: only an empty count tells a fresh run from an old one.
         self.page.evaluate(
             """i => { const n = window.jupyterapp.shell.currentWidget.content; n.deselectAll(); n.activeCellIndex = i;
+                      n.widgets[i].model.clearExecution();
                       window.jupyterapp.commands.execute('notebook:run-cell') }""",
             index,
         )
         if wait:
-            wait_for(lambda: self.count(index) not in (None, before), f"cell {index} ran: {self.text(index)}", seconds)
+            wait_for(lambda: self.count(index) is not None, f"cell {index} ran: {self.text(index)}", seconds)
             self.wait_idle(seconds)
         return self.text(index)
 

@@ -236,7 +236,7 @@ def test_coefficients_of_the_update_act_at_the_next_step_and_those_of_the_rollou
         expected = row["reward/score"] - beta * row["kl/policy_reference"] - price * row["completion/length_mean"]
         assert row["reward/mean"] == pytest.approx(expected, abs=1e-5)
         assert row["objective/kl_coef"] == beta
-    assert rows[5]["policy/entropy"] < 0.8 * rows[4]["policy/entropy"]
+    assert rows[5]["policy/entropy"] < rows[4]["policy/entropy"] - 0.5
 
 
 def test_without_a_tether_the_reference_is_there_and_the_tether_can_be_raised(ppo):

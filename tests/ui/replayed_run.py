@@ -71,12 +71,16 @@ class ReplayedRun:
             callback(list(events))
 
     def start(self, **fields: Any) -> None:
-        fields = {
-            "world_size": 1,
-            "device": "CPU, 2 threads",
-            "max_steps": 400,
-            "coefficients": [learning_rate()],
-        } | self.started | fields
+        fields = (
+            {
+                "world_size": 1,
+                "device": "CPU, 2 threads",
+                "max_steps": 400,
+                "coefficients": [learning_rate()],
+            }
+            | self.started
+            | fields
+        )
         self.emit(Started(**fields))
 
     def step(self, step: int, **values: float) -> None:
