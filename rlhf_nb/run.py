@@ -264,7 +264,7 @@ class Run:
     def __repr__(self) -> str:
         try:
             fold, state = self._fold, self.state
-        except Exception:
+        except Exception:  # noqa: BLE001 - a repr must not raise where nothing is attached
             return f"<Run {self.id}>"
         of = f" {fold.step}/{fold.max_steps}" if fold.max_steps else ""
         return f"<Run {self.id} · {self.spec.title} · {state}{of}>"

@@ -283,7 +283,7 @@ def _saved_datasets_folder(path: Path, split: str | None) -> list[Record]:
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # datasets raises whatever its readers raise
+    except Exception as error:  # noqa: BLE001 - datasets raises whatever its readers raise
         raise DataError(f"{path} cannot be loaded as a saved data set ({_first_line(error)}); save it again") from None
     return _one_split(loaded, split, str(path)).to_list()
 
@@ -296,7 +296,7 @@ def _hub(source: str, split: str | None) -> list[Record]:
     try:
         _ask_hub(repo)
         loaded = datasets.load_dataset(repo, data_dir=folder[0] if folder else None)
-    except Exception as error:  # datasets, huggingface_hub and httpx each have their own errors
+    except Exception as error:  # noqa: BLE001 - datasets, huggingface_hub and httpx each have their own
         raise _hub_error(repo, error) from None
     return _one_split(loaded, split, source).to_list()
 

@@ -208,7 +208,13 @@ def plain_trl(folder: Path, method: str, timeout: float = 900, **settings: Any) 
     if not rows.exists():
         _, content = dataset("toy-demonstrations" if method == "sft" else "toy-pairs")
         rows.write_text("".join(json.dumps(as_messages(row)) + "\n" for row in content))
-    asked = {"method": method, "rows": str(rows), "model": str(model_path()), "output": str(folder / "plain"), **settings}
+    asked = {
+        "method": method,
+        "rows": str(rows),
+        "model": str(model_path()),
+        "output": str(folder / "plain"),
+        **settings,
+    }
     started = time.time()
     return child("plain_trl.py", json.dumps(asked), timeout=timeout) | {"started": started}
 
