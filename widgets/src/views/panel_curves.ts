@@ -107,19 +107,22 @@ export function createCurves(store: RunStore): Tab {
     settingRanges = true;
     for (const cell of cells.values()) {
       const series = store.rows.series.get(cell.figure.metric);
-      if (cell.chart && cell.visible) drawOne(cell.chart, series, from, to);
+      // What a person or a schedule sets has no noise: smoothing it would show values that never were.
+      const exact = /^(coefficient\/|optimizer\/learning_rate)/.test(cell.figure.metric);
+      if (cell.chart && cell.visible) drawOne(cell.chart, series, from, to, exact);
     }
     settingRanges = false;
     drawValues();
   }
 
-  function drawOne(chart: Chart, series: Series | undefined, from: number, to: number): void {
+  function drawOne(chart: Chart, series: Series | undefined, from: number, to: number, exact: boolean): void {
     const steps = series?.x.view() ?? new Float64Array();
     const raw = decimate(steps, series?.y.view() ?? new Float64Array(), from, to, POINTS);
-    const smooth = decimate(steps, series?.smooth.view() ?? new Float64Array(), from, to, POINTS);
+    const calm = exact ? series?.y : series?.smooth;
+    const smooth = decimate(steps, calm?.view() ?? new Float64Array(), from, to, POINTS);
     chart.set("raw", raw as never);
     chart.set("smooth", series && series.length > 3 ? (smooth as never) : { x: [], y: [] });
-    chart.set("last", series?.length && zoom === null ? { x: [series.x.at(series.length - 1)], y: [(series.length > 3 ? series.smooth : series.y).at(series.length - 1)] } : { x: [], y: [] });
+    chart.set("last", series?.length && zoom === null ? { x: [series.x.at(series.length - 1)], y: [(series.length > 3 && calm ? calm : series.y).at(series.length - 1)] } : { x: [], y: [] });
     const changes = store.controls?.changes ?? [];
     chart.set("changes", {
       x: changes.map((change) => change.step),
