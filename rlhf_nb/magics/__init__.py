@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
+
+ASSIGNED = r"\s*[\w.\[\]'\"]+\s*=\s*%rlhf\b"
+"""`run = %rlhf ppo ...`"""
 
 
 def load(shell: InteractiveShell) -> None:
@@ -16,6 +20,7 @@ def load(shell: InteractiveShell) -> None:
     shell.register_magic_function(RlhfMagic(), "line_cell", "rlhf")
     for key in ("%rlhf", "%%rlhf"):
         shell.set_hook("complete_command", complete, str_key=key)
+    shell.set_hook("complete_command", complete, re_key=ASSIGNED)
 
 
 def unload(shell: InteractiveShell) -> None:
@@ -26,4 +31,5 @@ def unload(shell: InteractiveShell) -> None:
         shell.magics_manager.magics[kind].pop("rlhf", None)
     for key in ("%rlhf", "%%rlhf"):
         shell.strdispatchers["complete_command"].strs.pop(key, None)
+    shell.strdispatchers["complete_command"].regexs.pop(re.compile(ASSIGNED), None)
     workspace.use(None)

@@ -15,7 +15,7 @@ _RUN_VERBS = frozenset({"watch", "set", "pause", "resume", "stop", "checkpoint",
 def complete(shell: Any, event: Any) -> list[str]:
     """IPython's `complete_command` hook."""
     text = event.line[: len(event.line)] if event.text_until_cursor is None else event.text_until_cursor
-    words = text.split()
+    words = text[text.index("%rlhf") :].split()
     before = words[1:] if text.endswith(" ") else words[1:-1]
     last = "" if text.endswith(" ") else words[-1]
     try:
