@@ -78,14 +78,30 @@ def text(found: dict[str, float], unit: str = "s", scale: float = 1.0, digits: i
     return f"{middle}{' ' + unit if unit else ''} [{low}, {high}] n={found['n']}"
 
 
-def interleave(repeats: int, arms: dict[str, Callable[[], Any]]) -> dict[str, list[Any]]:
-    """Run every arm `repeats` times in turns, each round in the reverse order of the one before."""
+def interleave(repeats: int, arms: dict[str, Callable[[], Any]], calm_s: float = 0.0) -> dict[str, list[Any]]:
+    """Run every arm `repeats` times in turns, each round in the reverse order of the one before.
+
+    Args:
+        calm_s: Before each, wait up to so many seconds for `calm`.
+    """
     results: dict[str, list[Any]] = {name: [] for name in arms}
     for turn in range(repeats):
         for name in list(arms) if turn % 2 == 0 else list(reversed(arms)):
+            calm(calm_s)
             results[name].append(arms[name]())
             say(f"  {turn + 1}/{repeats} {name}: {_short(results[name][-1])}")
     return results
+
+
+def calm(patience_s: float, busy: float = 0.6) -> bool:
+    """Wait until others leave some of the machine: True once less than `busy` of all cores were used for a second."""
+    import psutil
+
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        if psutil.cpu_percent(1.0) < 100 * busy:
+            return True
+    return patience_s == 0
 
 
 def _short(result: Any) -> str:
@@ -104,7 +120,10 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def machine() -> str:
-    """`Intel(R) Xeon(R) …, 2 cores, 23 GiB, Linux 6.1, load 1.52, 2026-11-05`. The load is what others do meanwhile."""
+    """`Intel(R) Xeon(R) …, 2 cores, 23 GiB, Linux 6.1, load 1.52, CPU pressure 12 %, 2026-11-05`.
+
+    Load and pressure (the share of the last minute in which something waited for a core) tell of other jobs.
+    """
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -114,7 +133,11 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     system = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
     cores = len(os.sched_getaffinity(0))
-    return f"{model}, {cores} cores, {memory:.0f} GiB, {system}, load {os.getloadavg()[0]:.2f}, {date.today()}"
+    parts = [model, f"{cores} cores", f"{memory:.0f} GiB", system, f"load {os.getloadavg()[0]:.2f}"]
+    with contextlib.suppress(OSError, IndexError):
+        pressure = Path("/proc/pressure/cpu").read_text().split("avg60=")[1].split()[0]
+        parts.append(f"CPU pressure {float(pressure):.0f} %")
+    return ", ".join([*parts, str(date.today())])
 
 
 # --- a script's frame -------------------------------------------------------------------------------------------------
@@ -124,6 +147,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="few repeats, under a minute on an idle machine")
     made.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+    made.add_argument(
+        "--calm", type=float, default=0.0, metavar="SECONDS",
+        help="wait up to so long, before each repeat, for a second in which others use little of the machine",
+    )  # fmt: skip
     made.add_argument("--repeats", type=int, default=None, help="how often each arm runs")
     return made
 
@@ -137,7 +164,7 @@ def report(name: str, args: argparse.Namespace, lines: list[str], met: dict[str,
     """Print the table; with `--json` also the object, last."""
     where = machine()
     print(f"\n{name}")
-    print(f"  {where}")
+    print(f"  {where} (at its end)")
     for line in lines:
         print(f"  {line}")
     for what, held in met.items():

@@ -14,7 +14,7 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from common import Watch, parser, report, scratch, summary, text
+from common import Watch, calm, parser, report, scratch, summary, text
 
 SETS = (("sft", "learning_rate", (1e-5, 1e-3)), ("dpo", "beta", (0.02, 2.0)))
 
@@ -77,6 +77,7 @@ def main() -> None:
         workspace.attach("local", standby=False)
         for name, coefficient, between in SETS[:1] if args.quick else SETS:
             method = {"sft": rl.SFT, "dpo": rl.DPO}[name](**options, learning_rate=1e-4)
+            calm(args.calm)
             found = figures[name] = measure(workspace, method, coefficient, between, sets)
             lines += [
                 f"{name} {coefficient}, {found['sets']} sets, steps of {text(found['step'], 'ms', 1e3, 1)}",

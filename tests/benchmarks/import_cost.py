@@ -43,7 +43,7 @@ def main() -> None:
     with scratch():
         for arm in arms.values():
             arm()  # bytecode and the page cache are warm for both
-        found = interleave(repeats, arms)
+        found = interleave(repeats, arms, args.calm)
     walls = {name: [one["wall"] for one in results] for name, results in found.items()}
     cpus = {name: [one["cpu"] for one in results] for name, results in found.items()}
     wall, cpu = ratios(walls["load_ext"], walls["pandas"]), ratios(cpus["load_ext"], cpus["pandas"])

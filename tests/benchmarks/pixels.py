@@ -26,10 +26,11 @@ import bisect
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from common import HERE, parser, report, say, scratch, slope, summary
+from common import HERE, calm, parser, report, say, scratch, slope, summary
 
 sys.path.insert(0, str(HERE.parent / "ui"))
 
@@ -81,7 +82,7 @@ OBSERVE = """() => {
 
 def watch(folder: Path, rate: float, seconds: float, browser: Any, lab_module: Any, running: Any) -> dict[str, Any]:
     """One run at a rate, in a notebook of its own; what the page saw and the events with their times."""
-    name, steps = f"rate-{rate:g}", int(rate * (seconds + 6))
+    name, steps = f"rate-{rate:g}", int(rate * (seconds + 20)) + 1000
     workspace = folder / name
     cells = [cell.format(workspace=workspace, rate=rate, steps=steps) for cell in CELLS]
     view, seen = lab_module.page(browser)
@@ -90,6 +91,9 @@ def watch(folder: Path, rate: float, seconds: float, browser: Any, lab_module: A
     view.wait_for_selector('.rlhf-curve[data-metric="policy/entropy"] canvas', timeout=180_000)
     view.wait_for_timeout(500)
     size = view.evaluate(OBSERVE)
+    place = next((workspace / "runs").glob("*/events.jsonl")).parent
+    (place / "go").touch()
+    went = time.time()
     say(f"  {rate:g} events/s: watching a canvas of {size[0]} × {size[1]} pixels for {seconds:g} s")
     view.wait_for_timeout(1000 * seconds)
     found = view.evaluate("() => window.__seen")
@@ -97,16 +101,19 @@ def watch(folder: Path, rate: float, seconds: float, browser: Any, lab_module: A
         view.screenshot(path=str(Path(path) / f"pixels-{rate:g}.png"))
     if any("pageerror" in line for line in seen.console):
         raise RuntimeError(f"the page had an error: {seen.console}")
-    log = next((workspace / "runs").glob("*/events.jsonl"))
-    lines = [json.loads(line) for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    lines = [
+        json.loads(line)
+        for line in (place / "events.jsonl").read_bytes().splitlines(keepends=True)
+        if line.endswith(b"\n")
+    ]
     view.context.close()
-    return found | {"t": {one["step"]: one["t"] for one in lines if one["kind"] == "metric"}}
+    return found | {"went": went, "t": {one["step"]: one["t"] for one in lines if one["kind"] == "metric"}}
 
 
 def latencies(seen: dict[str, Any], settle_s: float) -> dict[str, list[float]]:
     """Seconds from an event to the page's rows, caption and pixels, for every step after `settle_s`."""
     t = seen["t"]
-    first = seen["pixels"][0][0] / 1000 + settle_s
+    first = seen["went"] + settle_s
     last = seen["pixels"][-1][1]
     steps = [step for step, at in t.items() if at > first and step <= last]
     # By order of log the n-th row is step n: this run writes one metric event a step.
@@ -125,13 +132,18 @@ def latencies(seen: dict[str, Any], settle_s: float) -> dict[str, list[float]]:
 def lag(seen: dict[str, Any], settle_s: float) -> dict[str, Any]:
     """Age of the newest drawn step over time, at the frames that drew something."""
     t, points = seen["t"], []
-    first = seen["pixels"][0][0] / 1000
+    first = seen["went"]
     for now, step, _ in seen["pixels"]:
         if now / 1000 > first + settle_s and step in t:
             points.append((now / 1000 - first, now / 1000 - t[step]))
+    if len(points) < 6:
+        raise RuntimeError(
+            f"{len(points)} drawings after {settle_s} s in {seen['frames']} frames: the browser got no time, run it again "
+            f"on a quieter machine; last: {seen['pixels'][-1:]}, rows {seen['rows'][-1:]}"
+        )
     times, lags = [p[0] for p in points], [p[1] for p in points]
     third = len(points) // 3
-    span = sorted(t.values())
+    span = sorted(at for at in t.values() if at > first + 1)
     return {
         "lag": summary(lags),
         "slope": slope(times, lags),
@@ -145,8 +157,8 @@ def lag(seen: dict[str, Any], settle_s: float) -> dict[str, Any]:
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    slow, fast = (8, 8) if args.quick else (60, 45)
-    rounds = args.repeats or (1 if args.quick else 3)
+    slow, fast = (8, 8) if args.quick else (40, 40)
+    rounds = args.repeats or (1 if args.quick else 2)
     import lab as lab_module
 
     slow_rounds, fast_rounds, frames = [], [], []
@@ -157,6 +169,7 @@ def main() -> None:
             # A server and a browser of its own for every round: a notebook left open would go on working beside.
             place = folder / f"lab-{len(slow_rounds)}"
             place.mkdir()
+            calm(args.calm)
             with lab_module.lab(place) as running, lab_module.chromium() as browser:
                 found = watch(folder / f"w{len(slow_rounds)}", 10, slow, browser, lab_module, running)
                 slow_rounds.append(latencies(found, 2))
@@ -170,6 +183,7 @@ def main() -> None:
                 )
             place = folder / f"lab-{len(fast_rounds)}-fast"
             place.mkdir()
+            calm(args.calm)
             with lab_module.lab(place) as running, lab_module.chromium() as browser:
                 found = watch(folder / f"w{len(fast_rounds)}", 1000, fast, browser, lab_module, running)
                 fast_rounds.append(lag(found, 3))

@@ -23,7 +23,7 @@ class Ticker(Method):
     live: ClassVar = (LEARNING_RATE,)
 
     rate: float = Field(10.0, gt=0)
-    """Metric events a second."""
+    """Metric events a second, from when there is a file `go` in the run's directory; before it 5 a second."""
 
     def build_trainer(self, context: Any) -> TickerTrainer:
         return TickerTrainer(self, context)
@@ -41,14 +41,17 @@ class TickerTrainer:
             LEARNING_RATE, lambda: self.learning_rate, lambda value: setattr(self, "learning_rate", value)
         )
         context.control.bind([bound])
-        chance, began = random.Random(0), time.perf_counter()
+        chance, ticking = random.Random(0), False
+        began, first, rate = time.perf_counter(), 0, 5.0
         while self.step < method.max_steps:
             context.control.boundary(self.step + 1)
             if context.control.stopping:
                 break
+            if not ticking and (context.run_dir / "go").exists():
+                ticking, began, first, rate = True, time.perf_counter(), self.step, method.rate
             self.step += 1
             # By the clock, not by sleeping a fixed time: a late event must not lower the rate of those after it.
-            time.sleep(max(0.0, began + self.step / method.rate - time.perf_counter()))
+            time.sleep(max(0.0, began + (self.step - first) / rate - time.perf_counter()))
             done = self.step / method.max_steps
             context.emit.metric(
                 self.step,
@@ -61,7 +64,7 @@ class TickerTrainer:
                     "data/epoch": done,
                     "optimizer/learning_rate": self.learning_rate,
                     "optimizer/grad_norm": 1 + chance.random(),
-                    "time/step_s": 1 / method.rate,
+                    "time/step_s": 1 / rate,
                     "time/hooks_s": 2e-4 + 1e-4 * chance.random(),
                 },
             )
