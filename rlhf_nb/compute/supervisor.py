@@ -412,7 +412,7 @@ def run_standby(path: Path, flags: tuple[str, ...]) -> None:
     with open(path / "log.txt", "ab") as log:
         launcher = _launch(launching.command(launch, ["--standby", str(path)]), launch, log, path)
     while not (path / "job.json").exists():
-        readable, _, _ = select.select([sys.stdin], [], [], 0.005 if mine.offer is None else 0.02)
+        readable, _, _ = select.select([sys.stdin], [], [], POLL_S)
         closed = bool(readable) and not os.read(sys.stdin.fileno(), 1)
         if closed or launcher.poll() is not None:
             try:

@@ -35,7 +35,7 @@ def test_a_live_run_is_steered_and_submitting_it_again_changes_nothing(
     attached_client: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client = attached_client
-    warm = client.wait_standby(150).standby == "ready"
+    assert client.wait_standby(150).standby == "ready"
     spec = toy_spec(max_steps=100_000)
     began = time.perf_counter()
     client.submit(spec, BLOBS)
@@ -72,10 +72,14 @@ def test_a_live_run_is_steered_and_submitting_it_again_changes_nothing(
     with pytest.raises(ComputeError, match="has ended: pause has nothing to act on"):
         client.control(spec.run_id, Pause())
     subscription.close()
+    assert fold.started is not None
+    assert fold.started.warm
+    # One job each: the next one has been started by then.
+    assert client.wait_standby(150).standby == "ready"
+    assert "standby ready in" in client.info.line()
     with capsys.disabled():
-        kind = "warm" if warm else "cold"
         print(
-            f"\n  {kind} submit → first metric {to_metric:.3f} s; set → acknowledged {max(waits) * 1000:.0f} ms at most"
+            f"\n  warm submit → first metric {to_metric:.3f} s; set → acknowledged {max(waits) * 1000:.0f} ms at most"
         )
 
 

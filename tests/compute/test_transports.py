@@ -16,6 +16,7 @@ from jupyter_client.manager import start_new_kernel
 
 from rlhf_nb import registry
 from rlhf_nb.compute.client import Client
+from rlhf_nb.compute.rundir import ProcessIdentity, read_json
 from rlhf_nb.compute.transports.kernel_file import KernelFile
 from rlhf_nb.compute.transports.local import LocalKernel
 from rlhf_nb.compute.transports.server import Server
@@ -135,6 +136,18 @@ def test_a_file_that_is_no_connection_file_says_so(tmp_path: Path) -> None:
 def test_a_python_that_does_not_start_a_kernel_says_so() -> None:
     with pytest.raises(AttachError, match="attach local: the local kernel ended with code"):
         Client(LocalKernel(python="/bin/false"))
+
+
+def test_what_a_killed_notebook_left_is_swept_by_the_next_attach() -> None:
+    link = LocalKernel().connect()
+    folder = Path(link._info["ip"]).parent
+    identity = ProcessIdentity.from_dict(read_json(folder / "kernel.json"))
+    assert identity is not None
+    os.kill(identity.pid, signal.SIGKILL)
+    until(lambda: not identity.alive(), 20)
+    LocalKernel().connect().close(kill=True)
+    assert not folder.exists()
+    link.close(kill=True)
 
 
 @pytest.mark.parametrize("launcher", [LocalKernel(), KernelFile("/k.json"), Server("http://localhost:8888")])

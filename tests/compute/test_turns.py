@@ -55,18 +55,6 @@ def test_runs_compute_one_at_a_time_in_the_order_they_came_and_a_child_waits_for
     assert (changed.new, changed.effective_step) == (0.02, 1)
 
 
-def test_a_standby_takes_the_run_and_the_next_one_comes(attached_client: Client) -> None:
-    client = attached_client
-    assert client.wait_standby(120).standby == "ready"
-    spec = toy_spec(max_steps=10)
-    client.submit(spec, BLOBS)
-    assert end_of(client, spec.run_id) == "finished"
-    started = next(event for event in client.events(spec.run_id) if event.kind == "started")
-    assert started.warm
-    assert client.wait_standby(120).standby == "ready"
-    assert "standby ready in" in client.info.line()
-
-
 def test_other_launch_flags_start_cold_and_say_so(attached_client: Client) -> None:
     attached_client.wait_standby(120)
     spec = toy_spec(max_steps=2, launch="--mixed_precision no")
@@ -97,36 +85,25 @@ def test_a_child_whose_parent_never_was_fails_and_says_so(attached_client: Clien
     assert last.reason.startswith("its parent nobody-1 is not on this compute")
 
 
-def test_a_stopped_parent_with_a_model_counts_as_finished(attached_client: Client) -> None:
+def test_a_stopped_parent_with_a_model_counts_as_finished_and_one_without_does_not(attached_client: Client) -> None:
+    client = attached_client
     parent = toy_spec(max_steps=100_000)
-    child = toy_spec(max_steps=2, parent=parent.run_id)
-    for spec in (parent, child):
-        attached_client.submit(spec, BLOBS)
-    first_metric(attached_client, parent.run_id)
-    attached_client.control(parent.run_id, Stop())
-    assert end_of(attached_client, parent.run_id) == "stopped"
-    assert end_of(attached_client, child.run_id) == "finished"
-
-
-def test_a_run_that_is_stopped_while_it_waits_never_computes(attached_client: Client) -> None:
-    parent = toy_spec(max_steps=100_000)
-    child = toy_spec(parent=parent.run_id)
-    for spec in (parent, child):
-        attached_client.submit(spec, BLOBS)
+    child, stopped = (toy_spec(max_steps=2, parent=parent.run_id) for _ in range(2))
+    orphan = toy_spec(parent=stopped.run_id)
+    for spec in (parent, child, stopped, orphan):
+        client.submit(spec, BLOBS)
     asked = Stop()
-    attached_client.control(child.run_id, asked)
-    assert end_of(attached_client, child.run_id) == "stopped"
-    events = attached_client.events(child.run_id)
+    client.control(stopped.run_id, asked)
+    # It never computed, so there is no model.
+    assert end_of(client, stopped.run_id) == "stopped"
+    events = client.events(stopped.run_id)
     assert any(event.kind == "control_acknowledged" and event.id == asked.id for event in events)
     assert not any(event.kind == "started" for event in events)
-    first_metric(attached_client, parent.run_id)
-    attached_client.control(parent.run_id, Stop())
-    assert end_of(attached_client, parent.run_id) == "stopped"
-    orphan = toy_spec(parent=child.run_id)
-    attached_client.submit(orphan, BLOBS)
-    assert ended(attached_client, orphan.run_id).reason == (
-        f"its parent {child.run_id} was stopped before it had saved a model"
-    )
+    assert ended(client, orphan.run_id).reason == f"its parent {stopped.run_id} was stopped before it had saved a model"
+    first_metric(client, parent.run_id)
+    client.control(parent.run_id, Stop())
+    assert end_of(client, parent.run_id) == "stopped"
+    assert end_of(client, child.run_id) == "finished"
 
 
 @pytest.mark.parametrize(

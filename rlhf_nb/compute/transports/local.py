@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rlhf_nb.compute.rundir import ProcessIdentity, read_json, write_json
 from rlhf_nb.compute.transports.zmq_link import ZmqLink
 from rlhf_nb.errors import AttachError
 
@@ -48,6 +49,7 @@ class LocalKernel:
         from jupyter_client.connect import write_connection_file
 
         folder = Path(_short_folder())
+        _sweep(folder.parent)
         file, info = write_connection_file(
             str(folder / "k.json"), transport="ipc", ip=str(folder / "k"), key=os.urandom(32).hex().encode()
         )
@@ -69,6 +71,8 @@ class LocalKernel:
                 start_new_session=True,
                 env=_environment(),
             )
+
+        write_json(folder / "kernel.json", ProcessIdentity.of(process.pid).to_dict())
 
         def last_words() -> str | None:
             code = process.poll()
@@ -107,6 +111,17 @@ def _environment() -> dict[str, str]:
     env["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     env.pop("MPLBACKEND", None)
     return env
+
+
+def _sweep(base: Path) -> None:
+    """Remove the sockets of kernels that ended together with a killed notebook."""
+    for file in base.glob("rlhf-*/kernel.json"):
+        try:
+            kernel = ProcessIdentity.from_dict(read_json(file))
+            if kernel is not None and not kernel.alive():
+                shutil.rmtree(file.parent, ignore_errors=True)
+        except (OSError, ValueError):
+            continue  # somebody else's
 
 
 def _short_folder() -> str:
