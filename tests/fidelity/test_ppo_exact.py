@@ -1,0 +1,155 @@
+"""PPO's own credit and loss, on every completion of an enumerable world, reach π* ∝ π_ref·exp(r/β); faults do not.
+
+No sampling noise: each completion weighs as much as the policy gives it, and the value model is the true value. What is
+left is the algorithm itself, so the optimum can be asked for to a thousandth, and each fault must miss it.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf_nb.maths import advantages, kl
+from rlhf_nb.methods.ppo import PPO
+from rlhf_nb.training.online import Minibatch, Outputs, Rollout
+
+SHARE = 2e-3
+"""Of KL(π_ref ‖ π*): what may be left. A tenth more β, the weakest fault planted here, leaves several times as much."""
+
+
+def optimise(method: PPO, world, steps: int = 800, rate: float = 0.03):
+    """Gradient steps on the expected PPO loss, from the reference; (log π, log π*, log π_ref), each (P, N)."""
+    tokens, mask, ended = world.completions()
+    rewards, states = world.rewards(), world.states()
+    live = SimpleNamespace(**{coefficient.name: getattr(method, coefficient.name) for coefficient in method.live})
+    logits = world.reference_logits().requires_grad_()
+    reference = world.token_logprobs(logits.detach())
+    optimizer = torch.optim.Adam([logits], lr=rate)
+    P = len(rewards)
+    count = logits.shape[1]
+    row_mask, row_states = mask.repeat(P, 1), (states + torch.arange(P)[:, None, None] * count).flatten(0, 1)
+
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, 2 * (1 - step / steps))
+        now = world.token_logprobs(logits)
+        old = now.detach()
+        weights = old.sum(-1).exp()
+        # The true value of a state: the expected sum of what is still to be earned there.
+        earned = advantages.token_rewards(
+            rewards.flatten(), kl.estimate(old, reference).flatten(0, 1), row_mask, kl_coef=method.kl_coef
+        )
+        to_go = advantages.returns_to_go(earned, row_mask)
+        share = (weights.flatten()[:, None] * row_mask).flatten()
+        mass = torch.zeros(P * count, dtype=torch.float64).index_add(0, row_states.flatten(), share)
+        sums = torch.zeros(P * count, dtype=torch.float64).index_add(0, row_states.flatten(), share * to_go.flatten())
+        values = (sums / mass.clamp(min=1e-300))[row_states]
+
+        rollout = Rollout(
+            tokens_BL=tokens.repeat(P, 1), attention_mask_BL=row_mask, mask_BT=row_mask,
+            behavior_logprobs_BT=old.flatten(0, 1), reference_logprobs_BT=reference.flatten(0, 1), values_BT=values,
+            score_B=rewards.flatten(), gold_B=None, ended_B=ended.repeat(P), temperature=1.0,
+        )  # fmt: skip
+        credit = method.credit(rollout, live)
+        batch = Minibatch(
+            rollout.tokens_BL, row_mask, row_mask, rollout.behavior_logprobs_BT, values,
+            credit.advantages_BT, credit.returns_BT,
+        )  # fmt: skip
+        losses = method.loss(batch, Outputs(now.flatten(0, 1), torch.zeros_like(values), values), live)
+        optimizer.zero_grad()
+        (losses.loss_BT.sum(-1) * weights.flatten()).sum().backward()
+        optimizer.step()
+    final = world.token_logprobs(logits.detach()).sum(-1)
+    return final, kl.gibbs(reference.sum(-1), rewards, method.kl_coef), reference.sum(-1)
+
+
+def left_over(method: PPO, world, **settings) -> float:
+    """KL(π ‖ π*) as a share of KL(π_ref ‖ π*), the worst of the prompts."""
+    policy, star, reference = optimise(method, world, **settings)
+    return (kl.exact(policy, star) / kl.exact(reference, star)).max().item()
+
+
+def ppo(beta: float, **knobs) -> PPO:
+    """The pure objective. Whitening would take its statistics from completions that here do not weigh the same."""
+    return PPO(kl_coef=beta, whiten_advantages=False, lam=0.95, **knobs)
+
+
+@pytest.mark.parametrize(("beta", "seed"), [(0.1, 0), (0.1, 1), (0.25, 2), (1.0, 0)])
+def test_ppo_reaches_the_gibbs_policy(make_world, beta, seed):
+    assert left_over(ppo(beta), make_world(seed=seed)) <= SHARE
+
+
+def test_a_policy_that_is_not_optimal_loses_beta_times_its_divergence_from_the_one_that_is(world):
+    beta = 0.25
+    policy, star, reference = optimise(ppo(beta), world, steps=60)
+    rewards = world.rewards()
+
+    def objective(logprobs):
+        return (logprobs.exp() * rewards).sum(-1) - beta * kl.exact(logprobs, reference)
+
+    torch.testing.assert_close(
+        objective(star) - objective(policy), beta * kl.exact(policy, star), rtol=1e-9, atol=1e-12
+    )
+
+
+# --- planted faults: each must be seen --------------------------------------------------------------------------------
+
+
+def test_a_tenth_more_beta_is_seen(monkeypatch, world):
+    genuine = advantages.token_rewards
+    monkeypatch.setattr(
+        advantages, "token_rewards", lambda s, k, m, *, kl_coef: genuine(s, k, m, kl_coef=1.1 * kl_coef)
+    )
+    assert left_over(ppo(0.25), world) > 2 * SHARE
+
+
+def test_a_wrong_sign_of_the_kl_is_seen(monkeypatch, world):
+    genuine = kl.estimate
+    monkeypatch.setattr(kl, "estimate", lambda p, q, estimator="k1": genuine(q, p, estimator))
+    assert left_over(ppo(1.0), world, steps=300) > 0.1
+
+
+def test_a_score_one_token_after_the_end_is_seen(monkeypatch, world):
+    """As in TRL 1.12: where there is room, the score stands on the padding, and is lost there."""
+
+    def late(scores, kl_BT, mask, *, kl_coef):
+        rewards = -kl_coef * kl_BT.masked_fill(~mask, 0.0)
+        at = (advantages.last_token(mask) + 1).clamp(max=mask.shape[1] - 1)
+        return (rewards + torch.nn.functional.one_hot(at, mask.shape[1]) * scores[:, None]).masked_fill(~mask, 0.0)
+
+    monkeypatch.setattr(advantages, "token_rewards", late)
+    assert left_over(ppo(0.25), world) > 2 * SHARE
+
+
+def test_a_kl_that_earlier_tokens_get_no_credit_for_is_seen(monkeypatch, world):
+    """Token-local: with γ and λ at 0 for the KL alone, a prefix is not blamed for the divergence it leads to."""
+    genuine = PPO.credit
+
+    def local(self, rollout, live):
+        scores_only = genuine(self, rollout, SimpleNamespace(**{**vars(live), "kl_coef": 0.0}))
+        k1 = kl.estimate(rollout.behavior_logprobs_BT, rollout.reference_logprobs_BT).masked_fill(~rollout.mask_BT, 0.0)
+        mixed = scores_only.advantages_BT - live.kl_coef * k1
+        return type(scores_only)(scores_only.total_B, mixed, scores_only.returns_BT)
+
+    monkeypatch.setattr(PPO, "credit", local)
+    assert left_over(ppo(0.25), world) > 2 * SHARE
+
+
+# --- knobs that move the optimum say so -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"gamma": 0.9}, {"length_penalty": 0.1}, {"missing_eos_penalty": 0.5}, {"score_clip": 0.5}]
+)
+def test_a_knob_that_moves_the_optimum_does_move_it(world, knobs):
+    assert left_over(ppo(0.25, **knobs), world) > 2 * SHARE
+
+
+def test_a_length_penalty_moves_it_to_the_gibbs_policy_of_the_penalised_reward(world):
+    beta = 0.25
+    policy, _, reference = optimise(ppo(beta, length_penalty=0.1), world)
+    _, mask, _ = world.completions()
+    star = kl.gibbs(reference, world.rewards() - 0.1 * mask.sum(1), beta)
+    assert (kl.exact(policy, star) / kl.exact(reference, star)).max() <= SHARE
