@@ -22,7 +22,7 @@ from rlhf_nb.protocol.spec import Launch, RunSpec
 if TYPE_CHECKING:
     from rlhf_nb.protocol.fold import RunFold
 
-ATTACH_S = 60.0
+ATTACH_S = 120.0
 REQUEST_S = 60.0
 BLOB_CHUNK = 4 << 20
 
