@@ -36,14 +36,6 @@ def test_the_quickstart_runs(tmp_path, monkeypatch):
     assert (tmp_path / "rlhf-workspace" / "runs" / "ppo-2" / "model" / "model.safetensors").exists()
 
 
-def test_real_preferences_run_on_hh_harmless(tmp_path, monkeypatch, shared_data):
-    monkeypatch.setenv("RLHF_NB_DATA", str(shared_data))
-    texts = run("01_real_preferences.ipynb", tmp_path, monkeypatch)
-    said = "\n".join(texts.values())
-    assert "1,495 pairs" in said and "dropped 5" in said
-    assert "held-out accuracy 0." in said and "pick the shorter" in said
-
-
 def test_chapters_are_numbered_and_end_with_something_to_change():
     names = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
     assert names[0] == "00_quickstart.ipynb" and os.fspath(NOTEBOOKS)
