@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import playwright.sync_api
 import psutil
 import pytest
 
@@ -48,7 +49,11 @@ def painted(page: Any, selector: str) -> int:
 
     from PIL import Image
 
-    image = Image.open(io.BytesIO(page.page.locator(selector).first.screenshot())).convert("RGB")
+    try:
+        shot = page.page.locator(selector).first.screenshot(timeout=20_000)
+    except playwright.sync_api.Error:
+        return 0  # a slow machine has not settled the element yet; whoever waits looks again
+    image = Image.open(io.BytesIO(shot)).convert("RGB")
     return len(image.getcolors(maxcolors=1 << 24) or [])
 
 
