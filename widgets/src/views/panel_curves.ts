@@ -47,11 +47,18 @@ export function createCurves(store: RunStore): Tab {
 
   const redraw = redrawer(draw, beforePaint, () => Math.max(33, 5 * cells.size));
 
-  async function addFigures(): Promise<void> {
+  // One at a time: a slow page hears of figures again before the first of them stands, and would draw each twice.
+  let adding: Promise<void> = Promise.resolve();
+  function addFigures(): Promise<void> {
+    adding = adding.then(addMissing, addMissing);
+    return adding;
+  }
+
+  async function addMissing(): Promise<void> {
     if (!shown) return;
     const wanted = store.figures.filter((figure) => figure.metric);
     note.hidden = wanted.length > 0;
-    if (wanted.every((figure) => cells.has(figure.id))) return;
+    if (wanted.every((figure) => cells.get(figure.id)?.chart)) return;
     const bokeh = await store.bokeh();
     if (disposed) return;
     for (const figure of wanted) {
