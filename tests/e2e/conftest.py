@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,11 +15,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nbformat
 import psutil
 import pytest
+
+from rlhf_nb.compute.rundir import LineTail
 
 TOKEN = "e2e"
 READY_S = 120
@@ -51,9 +54,9 @@ class Lab:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def notebook(self, name: str, cells: list[str]) -> str:
+    def notebook(self, name: str, cells: list[str], *, kernel: str = "python3") -> str:
         notebook = nbformat.v4.new_notebook(
-            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+            metadata={"kernelspec": {"name": kernel, "display_name": kernel, "language": "python"}}
         )
         notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -225,6 +228,11 @@ class Page:
         assert not self.left_the_machine, self.left_the_machine
 
 
+@pytest.fixture(name="start_lab", scope="session")
+def _start_lab() -> Callable[..., Any]:
+    return start_lab
+
+
 @pytest.fixture(name="wait_for", scope="session")
 def _wait_for() -> Callable[..., Any]:
     return wait_for
@@ -281,9 +289,100 @@ def end_runs() -> Iterator[list[Path]]:
     roots: list[Path] = []
     yield roots
     for root in roots:
+        # The supervisor first, or it would write the end of each rank that is taken from it.
         for path in [*root.glob("*/supervisor.json"), *root.glob("*/ranks/*.json")]:
             with contextlib.suppress(OSError, ValueError, KeyError, psutil.Error):
                 found = json.loads(path.read_text())
                 process = psutil.Process(int(found["pid"]))
                 if abs(process.create_time() - float(found["created"])) < 0.05:
-                    end_tree(process.pid, patience_s=3)
+                    for each in [process, *process.children(recursive=True)]:
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            each.kill()
+
+
+@dataclass
+class Scene:
+    """A notebook with a supervised run that goes on and on, and what its files and its panels say."""
+
+    lab: Lab
+    page: Page
+    name: str
+    cells: ClassVar[tuple[str, ...]] = (
+        "%load_ext rlhf_nb\n%rlhf workspace {workspace}\n%rlhf attach local",
+        (
+            "%rlhf sft --base toy --data toy-demonstrations "
+            "--set max_steps=20000 batch_size=2 learning_rate=1e-4 sample_every=0 lr_scheduler=constant"
+        ),
+        "%rlhf watch sft-1",
+        "%rlhf",
+    )
+
+    @property
+    def workspace(self) -> Path:
+        return self.lab.root / self.name
+
+    @property
+    def run(self) -> Path:
+        return self.workspace / "runs" / "sft-1"
+
+    def start(self, **metadata: Any) -> Scene:
+        cells = [cell.format(workspace=self.workspace) for cell in self.cells]
+        self.page.open(self.lab.notebook(f"{self.name}.ipynb", cells, **metadata))
+        assert "attached local" in self.page.run_cell(0)
+        self.page.run_cell(1)
+        wait_for(lambda: self.step() > 5, "five steps", 120)
+        wait_for(lambda: self.rows() > 5, "the panel holds rows")
+        return self
+
+    def kinds(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events() if event["kind"] == kind]
+
+    def events(self) -> list[dict[str, Any]]:
+        return LineTail(self.run / "events.jsonl").read()
+
+    def step(self) -> int:
+        metrics = self.kinds("metric")
+        return metrics[-1]["step"] if metrics else 0
+
+    def panel(self, page: Page | None = None, which: int = 0) -> Any:
+        return (page or self.page).page.locator(".rlhf-panel").nth(which)
+
+    def rows(self, page: Page | None = None, which: int = 0) -> int:
+        panel = self.panel(page, which)
+        return int(panel.get_attribute("data-rows") or 0) if panel.count() else 0
+
+    def caught_up(self, page: Page | None = None, which: int = 0) -> bool:
+        """The view holds a row for each step that was logged, none twice, and keeps up."""
+        before = len(self.kinds("metric"))
+        held = self.rows(page, which)
+        return before <= held + 40 and 0 < held <= len(self.kinds("metric"))
+
+    def steer(self, value: str, page: Page | None = None, which: int = 0) -> dict[str, Any]:
+        """Type a learning rate into the panel; the event that says where it came into force."""
+        before = len(self.kinds("coefficient_changed"))
+        field = self.panel(page, which).locator('.rlhf-slider[data-name="learning_rate"] input[type=text]')
+        field.fill(value)
+        field.press("Enter")
+        wait_for(lambda: len(self.kinds("coefficient_changed")) > before, "the slider steers")
+        changed = self.kinds("coefficient_changed")[-1]
+        assert changed["new"] == pytest.approx(float(value))
+        return changed
+
+    def contiguous(self) -> bool:
+        seqs = [event["seq"] for event in self.events()]
+        return seqs == list(range(1, len(seqs) + 1))
+
+    def goes_on(self, after: str) -> None:
+        seen = self.step()
+        wait_for(lambda: self.step() > seen + 5, f"the run goes on after {after}")
+
+
+@pytest.fixture
+def new_scene(request: pytest.FixtureRequest, new_page: Any, end_runs: list[Path]) -> Callable[..., Scene]:
+    def make(lab: Lab, **metadata: Any) -> Scene:
+        name = re.sub(r"\W+", "-", request.node.name.removeprefix("test_"))[:32]
+        scene = Scene(lab, new_page(lab), name)
+        end_runs.append(scene.workspace / "runs")
+        return scene.start(**metadata)
+
+    return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -34,6 +35,17 @@ def test_the_quickstart_runs(tmp_path, monkeypatch):
     assert "ppo-1" in table and "ppo-2" in table
     assert any("learning_rate" in text and "at step" in text for text in texts.values())
     assert (tmp_path / "rlhf-workspace" / "runs" / "ppo-2" / "model" / "model.safetensors").exists()
+
+
+def test_real_preferences_run_on_hh_harmless(tmp_path, monkeypatch, shared_data):
+    monkeypatch.setenv("RLHF_NB_DATA", str(shared_data))
+    said = "\n".join(run("01_real_preferences.ipynb", tmp_path, monkeypatch).values())
+    assert "1,495 pairs" in said and "dropped 5" in said, "the import counts what it left out, and says why"
+    accuracy = re.search(r"held-out accuracy (0\.\d+) \[(0\.\d+), (0\.\d+)\], n=299; pick the shorter (0\.\d+)", said)
+    assert accuracy, said
+    value, low, high, shorter = map(float, accuracy.groups())
+    assert low < value < high and shorter == pytest.approx(0.559, abs=0.001), "the null depends on the pairs alone"
+    assert "log_ratio/margin" in said and "after:" in said
 
 
 def test_chapters_are_numbered_and_end_with_something_to_change():
