@@ -88,12 +88,13 @@ test-python: $(DEV_READY) .venv-ipykernel6/.ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The field still has ipykernel 6, which blocks comm messages while a cell runs. This environment holds only that
-# package; everything else is seen through a .pth file, so it costs seconds and not gigabytes.
+# package; everything else is seen through a .pth file, so it costs seconds and not gigabytes. addsitedir and not a bare
+# path: the editable install is itself a .pth file there.
 .venv-ipykernel6/.ready: $(DEV_READY)
 	rm -rf .venv-ipykernel6
 	$(BIN)/python -m venv --without-pip .venv-ipykernel6
 	$(PIP) --python .venv-ipykernel6/bin/python install --quiet --no-deps 'ipykernel==6.31.0' 'nest-asyncio==1.6.0'
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$(.venv-ipykernel6/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_main_environment.pth"
 	@touch $@
 

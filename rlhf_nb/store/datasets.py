@@ -33,8 +33,9 @@ class Datasets(Database):
         parts = [packed[start : start + PART_BYTES] for start in range(0, len(packed), PART_BYTES)]
         header = {"hash": key, "n_rows": encoded.count(b"\n"), "n_bytes": len(encoded), "created": now()}
         with self._write() as connection:
-            new = connection.execute(self._insert(blobs).values(header).on_conflict_do_nothing()).rowcount
-            if new:
+            # What was returned, not rowcount: psycopg's is -1 after a plain INSERT, for a row that was there as well.
+            claim = self._insert(blobs).values(header).on_conflict_do_nothing().returning(blobs.c.hash)
+            if connection.execute(claim).scalar() is not None:
                 connection.execute(
                     blob_parts.insert(),
                     [{"hash": key, "part": number, "data": part} for number, part in enumerate(parts)],
