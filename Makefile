@@ -109,5 +109,4 @@ clean:
 
 # The README's pictures, taken of the real thing.
 screenshots: $(DEV_READY) $(NODE_READY)
-	RLHF_NB_SCREENSHOTS=$(CURDIR)/widgets/screenshots $(BIN)/python -m pytest tests/e2e/test_label_and_ppo.py -q
-	rm -f widgets/screenshots/blind.png
+	RLHF_NB_SCREENSHOTS=$(CURDIR)/widgets/screenshots $(BIN)/python -m pytest tests/e2e/pictures.py -q

@@ -4,7 +4,6 @@ export default defineConfig({
   test: {
     environment: "jsdom",
     include: ["tests/**/*.test.ts"],
-    passWithNoTests: true,
     restoreMocks: true,
     // Two cores are shared with the Python suite: one worker keeps fake timers and layout tests honest.
     maxWorkers: 1,

@@ -88,6 +88,7 @@ def curve(metric: str) -> Figure:
 
     known = entry(metric)
     plot = _figure(152, "optimizer step", known.unit)
+    plot.xaxis.ticker.desired_num_ticks = 4
     plot.line("x", "y", source=_source("raw", "x", "y"), name="raw", line_width=1, line_alpha=0.3)
     plot.line("x", "y", source=_source("smooth", "x", "y"), name="smooth", line_width=2)
     plot.scatter("x", "y", source=_source("last", "x", "y"), name="last", size=5)

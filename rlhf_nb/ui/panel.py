@@ -60,6 +60,8 @@ class Panel(anywidget.AnyWidget):
         self._asked_at = time.monotonic()
         self._run_state = "waiting"
         self._trouble = ""
+        self._mine: set[str] = set()
+        """Controls that were asked for in this panel: their refusals are news here."""
         self._desk: LabelDesk | None = None
         self._human_read = False
         self._esm, self._css = assets.bundle("panel.js"), assets.bundle("panel.css")
@@ -83,7 +85,11 @@ class Panel(anywidget.AnyWidget):
     def _on_events(self, events: list[AnyEvent]) -> None:
         self._heard_at = time.monotonic()
         self._trouble = ""
-        if self._follower.take(events):
+        fresh = self._follower.take(events)
+        for event in fresh:
+            if event.kind == "control_refused" and event.id in self._mine:
+                self._say(messages.Said(level="error", text=f"refused: {event.reason}"))
+        if fresh:
             self._wake.set()
 
     def _send_loop(self) -> None:
@@ -110,7 +116,11 @@ class Panel(anywidget.AnyWidget):
         try:
             if state == "waiting":
                 self._run_state = getattr(self._run, "state", "waiting")
-            self._follower.take(self._run.events(since=self._follower.fold.last_seq))
+            since = self._follower.fold.last_seq
+            if self._follower.take(self._run.events(since=since)) and state != "waiting":
+                # It should have come unasked: the agent that sent it is no more, another took its place.
+                self._subscription.close()
+                self._subscription = self._run.subscribe(self._on_events, since=self._follower.fold.last_seq)
             self._trouble = ""
         except Exception as error:  # noqa: BLE001 - whatever it is, the header says it
             self._trouble = f"cannot reach the run: {error}"
@@ -148,7 +158,7 @@ class Panel(anywidget.AnyWidget):
             self._send_controls(always=True)
             self._draw_figures()
             if known_figures < len(self._figures):
-                self._say(messages.Figures(figures=list(self._figures.values())))
+                self._say_figures()
             self._send_rows(have)
             newest = self._follower.newest_samples()
             if newest is not None:
@@ -173,6 +183,11 @@ class Panel(anywidget.AnyWidget):
             self._last_controls = controls
             self._say(controls)
 
+    def _say_figures(self) -> None:
+        """All of them, in reading order: a metric that came late takes its place among the others."""
+        drawn = sorted(self._figures.values(), key=lambda figure: figures.order(figure.metric or ""))
+        self._say(messages.Figures(figures=drawn))
+
     def _draw_figures(self) -> bool:
         """Draw the figure of every metric that has none; True where there was one."""
         started = self._follower.fold.started
@@ -187,7 +202,7 @@ class Panel(anywidget.AnyWidget):
     def _send_rows(self, first: int) -> tuple[int, int]:
         generation, rows, metrics = self._follower.rows(first)
         if rows and self._draw_figures():
-            self._say(messages.Figures(figures=list(self._figures.values())))
+            self._say_figures()
         for frame, buffer in frames(rows, metrics, first=first, generation=generation):
             self._say(frame, buffer)
         return generation, first + len(rows)
@@ -262,7 +277,12 @@ class Panel(anywidget.AnyWidget):
             with self._sending:
                 self._send_controls(always=True)
             raise
+        self._mine.add(pending.id)
         self._follower.ask(message.name, pending.id, message.value)
+        if (refused := self._follower.fold.refused.get(pending.id)) is not None:
+            # The run was faster than this call.
+            self._say(messages.Said(level="error", text=f"refused: {refused}"))
+            return
         cell = set_cell(self._run.id, message.name, message.value)
         self._say(messages.Said(text=f"asked: {message.name} = {message.value:.4g}", cell=cell))
 

@@ -1,35 +1,49 @@
-"""A run as a still picture, in SVG of our own: what the notebook shows with no kernel, on GitHub and in nbconvert."""
+"""The picture of a run that needs no kernel: it stays in the notebook, on GitHub and in a paper's appendix."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
-from collections.abc import Sequence
-from html import escape
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb.protocol.events import TERMINAL
 from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.glossary import entry
+from rlhf_nb.protocol.spec import RunSpec
 from rlhf_nb.ui.figures import TETHER_SERIES, order
+from rlhf_nb.ui.svg import BLUE, INK, QUIET, Line, Plot, Rule, document, text
 
 if TYPE_CHECKING:
     from rlhf_nb.run import Run
 
 EVERY_S = 10.0
-WIDTH, HEIGHT, GAP = 340, 200, 16
-_PROXY, _GOLD, _MOVE = "#1565c0", "#b45309", "#6a1b9a"
-Point = tuple[float, float]
+WIDTH, PLOT_HEIGHT, HEAD = 760, 230, 30
+MOST_PLOTS = 4
+BESIDE_THE_TETHER = ("kl/policy_reference", "completion/length_mean", "policy/entropy")
+"""The rewards stand in the tether already."""
+MEMORY = 0.85
+TOLD_CHANGES = 4
+DOTS = 40
+
+Points = tuple[list[float], list[float]]
 
 
 class StaticPicture:
     """The picture of a run as it is now. Displays as SVG; `.svg` is its text."""
 
     def __init__(self, run: Run) -> None:
-        self.svg = draw(run.id, run.spec.title, run.spec.method, run.fold)
+        self.svg = draw(run.fold, run.id, title=run.spec.title, content=content_hash(run.spec))
         self._text = repr(run)
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+    def save(self, path: str | Path) -> Path:
+        path = Path(path)
+        path.write_text(self.svg, encoding="utf-8")
+        return path
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         return {"image/svg+xml": self.svg, "text/plain": self._text}
 
 
@@ -62,129 +76,112 @@ def follow(run: Run) -> None:
     threading.Thread(target=keep, name=f"picture-{run.id}", daemon=True).start()
 
 
-def draw(run_id: str, title: str, method: str, fold: RunFold) -> str:
-    """SVG text: the tether where there is one, then the leading curves; interventions marked; id and hash below."""
+def content_hash(spec: RunSpec) -> str:
+    """Of everything that decided what the run computed."""
+    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:12]
+
+
+def draw(fold: RunFold, run_id: str, *, title: str = "", content: str = "") -> str:
     table = fold.table()
-    plots = []
-    tether = _tether(fold, table)
-    if tether:
-        plots.append(tether)
-    names = sorted({name for row in fold.rows for name in row.values}, key=order)
-    wanted = [n for n in names if not n.startswith(("time/", "data/"))][: 4 - len(plots)]
-    plots += [_curve(name, table, fold) for name in wanted]
-    if not plots:
-        plots = [_empty("nothing measured yet")]
-    columns = 2 if len(plots) > 1 else 1
-    rows = -(-len(plots) // columns)
-    width = columns * WIDTH + (columns + 1) * GAP
-    height = rows * (HEIGHT + GAP) + 64
-    places = [(GAP + (i % columns) * (WIDTH + GAP), 40 + (i // columns) * (HEIGHT + GAP)) for i in range(len(plots))]
-    body = "".join(f'<g transform="translate({x},{y})">{p}</g>' for (x, y), p in zip(places, plots, strict=True))
-    of = f"/{fold.max_steps}" if fold.max_steps else ""
-    died = f": {fold.failure.reason}" if fold.failure else ""
-    head = escape(f"{run_id} · {title} · {fold.state}{died} · step {fold.step}{of}"[:110])
-    model = fold.model.content_hash[:16] if fold.model and fold.model.content_hash else "not saved"
-    foot = escape(f"{run_id} · {method} · attempt {fold.attempt} · {len(fold.changes)} interventions · model {model}")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'role="img" aria-label="{head}" font-family="system-ui, sans-serif" font-size="11">'
-        f'<rect width="100%" height="100%" fill="#fff"/>'
-        f'<text x="{GAP}" y="22" font-size="13" fill="#222">{head}</text>{body}'
-        f'<text x="{GAP}" y="{height - 8}" fill="#616161">{foot}</text></svg>'
-    )
-
-
-def _pick(table: list[dict[str, Any]], names: list[str]) -> str | None:
-    return next((name for name in names if any(name in row for row in table)), None)
-
-
-def _tether(fold: RunFold, table: list[dict[str, Any]]) -> str:
-    kl, proxy = _pick(table, TETHER_SERIES["kl"]), _pick(table, TETHER_SERIES["proxy"])
-    gold = _pick(table, TETHER_SERIES["gold"])
-    if not (fold.started and fold.started.has_reference and kl and proxy):
-        return ""
-
-    def points(name: str | None) -> list[Point]:
-        return [
-            (math.sqrt(max(0.0, row[kl])), row[name])
-            for row in table
-            if name in row and kl in row and math.isfinite(row[kl]) and math.isfinite(row[name])
-        ]
-
-    at = {row["step"]: math.sqrt(max(0.0, row[kl])) for row in table if kl in row and math.isfinite(row[kl])}
-    moved = [
-        (at[s], c.name)
-        for c in fold.changes
-        if (s := min(at, key=lambda k: abs(k - c.effective_step), default=-1)) in at
+    metrics = sorted({name for row in table for name in row} - {"step", "rollout"}, key=order)
+    plots = _plots(fold, table, metrics)
+    columns = 1 if len(plots) == 1 else 2
+    lines = math.ceil(len(plots) / columns)
+    told = [
+        f"◆ step {change.effective_step}: {change.name} {change.old:.3g} → {change.new:.3g}"
+        + (f" ({change.who})" if change.who else "")
+        + (f", {change.why}" if change.why else "")
+        for change in fold.changes
     ]
-    series = [(points(proxy), _PROXY, True, "proxy"), (points(gold) if gold else [], _GOLD, False, "true")]
-    return _plot("reward against distance", "√KL to the reference (√nats)", "score", series, moved)
+    if len(told) > TOLD_CHANGES:
+        told = [*told[: TOLD_CHANGES - 1], f"◆ and {len(told) - TOLD_CHANGES + 1} more"]
+    height = HEAD + max(lines, 0) * PLOT_HEIGHT + 15 * len(told) + 30
+    parts = [text(12, 20, f"{run_id} · {title}" if title else run_id, size=14, weight=600)]
+    parts.append(text(WIDTH - 12, 20, _state(fold), anchor="end", colour=QUIET))
+    width = (WIDTH - 12) / columns
+    for number, plot in enumerate(plots):
+        parts.append(
+            plot.draw(6 + number % columns * width, HEAD + number // columns * PLOT_HEIGHT, width, PLOT_HEIGHT)
+        )
+    y = HEAD + lines * PLOT_HEIGHT + 14.0
+    for line in told:
+        parts.append(text(12, y, line))
+        y += 15
+    parts.append(text(12, height - 10, _footer(fold, run_id, content), size=10, colour=QUIET))
+    return document(WIDTH, height, f"run {run_id}", parts)
 
 
-def _curve(name: str, table: list[dict[str, Any]], fold: RunFold) -> str:
-    meaning = entry(name)
-    points = [(float(r["step"]), r[name]) for r in table if name in r and math.isfinite(r[name])]
-    moved = [(float(change.effective_step), change.name) for change in fold.changes]
-    return _plot(meaning.label, "optimizer step", meaning.unit, [(points, _PROXY, None, "")], moved)
-
-
-def _empty(text: str) -> str:
-    return f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle" fill="#616161">{escape(text)}</text>'
-
-
-def _plot(
-    title: str,
-    x_label: str,
-    y_label: str,
-    series: Sequence[tuple[list[Point], str, bool | None, str]],
-    moved: list[tuple[float, str]],
-) -> str:
-    """One plot. A series is (points, colour, filled dots | hollow dots | None for a line, legend)."""
-    every = [point for points, *_ in series for point in points]
-    if not every:
-        return _empty(f"{title}: no points yet")
-    left, right, top, bottom = 44, WIDTH - 8, 20, HEIGHT - 34
-    x0, x1 = min(x for x, _ in every), max(x for x, _ in every)
-    y0, y1 = min(y for _, y in every), max(y for _, y in every)
-    x1, pad = (x1 if x1 > x0 else x0 + 1), (y1 - y0) * 0.06 or abs(y0) * 0.1 or 1.0
-    y0, y1 = y0 - pad, y1 + pad
-
-    def px(x: float) -> float:
-        return left + (x - x0) / (x1 - x0) * (right - left)
-
-    def py(y: float) -> float:
-        return bottom - (y - y0) / (y1 - y0) * (bottom - top)
-
-    parts = [f'<text x="{left}" y="12" fill="#222">{escape(title)}</text>']
-    for i in range(4):
-        y = y0 + (y1 - y0) * (i + 0.5) / 4
-        parts.append(f'<path d="M{left} {py(y):.1f}H{right}" stroke="#e6e6e6"/>')
-        parts.append(f'<text x="{left - 4}" y="{py(y) + 4:.1f}" text-anchor="end" fill="#616161">{y:.3g}</text>')
-        x = x0 + (x1 - x0) * i / 3
-        anchor = "start" if i == 0 else "end" if i == 3 else "middle"
-        parts.append(f'<text x="{px(x):.1f}" y="{bottom + 14}" text-anchor="{anchor}" fill="#616161">{x:.3g}</text>')
-    parts.append(
-        f'<text x="{(left + right) / 2}" y="{HEIGHT - 4}" text-anchor="middle" fill="#616161">{escape(x_label)}</text>'
-    )
-    if y_label:
-        parts.append(f'<text x="{right}" y="12" text-anchor="end" fill="#616161">{escape(y_label)}</text>')
-    for x, name in moved:
-        if x0 <= x <= x1:
-            rule = f'<path d="M{px(x):.1f} {top}V{bottom}" stroke="{_MOVE}" stroke-dasharray="3 3">'
-            parts.append(f"{rule}<title>{escape(name)}</title></path>")
-    legend = left + 4
-    for points, colour, filled, name in series:
-        thin = points[:: max(1, len(points) // 400)]
-        if filled is None:
-            path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in thin)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+def _plots(fold: RunFold, table: list[dict[str, Any]], metrics: list[str]) -> list[Plot]:
+    kl, proxy, gold = (next((name for name in names if name in metrics), None) for names in TETHER_SERIES.values())
+    plots = []
+    if kl and proxy:
+        plots.append(_tether(fold, table, kl, proxy, gold))
+        metrics = [metric for metric in BESIDE_THE_TETHER if metric in metrics]
+    rules = [Rule(change.effective_step) for change in fold.changes]
+    for metric in metrics:
+        if len(plots) == MOST_PLOTS:
+            break
+        x, y = _series(table, metric)
+        if not x or metric.startswith(("time/", "data/")):
             continue
-        fill = colour if filled else "#fff"
-        parts += [
-            f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.5" fill="{fill}" stroke="{colour}"/>' for x, y in thin
-        ]
-        if points:
-            parts.append(f'<circle cx="{legend + 4}" cy="{top + 6}" r="3" fill="{fill}" stroke="{colour}"/>')
-            parts.append(f'<text x="{legend + 12}" y="{top + 10}" fill="#222">{escape(name)}</text>')
-            legend += 60
-    return "".join(parts)
+        known = entry(metric)
+        unit = f"{known.label} ({known.unit})" if known.unit else known.label
+        lines = [Line(x, y, faint=True), Line(x, smoothed(y))] if len(x) > 3 else [Line(x, y)]
+        plots.append(Plot(known.label, "optimizer step", unit, lines, rules))
+    return plots
+
+
+def _tether(fold: RunFold, table: list[dict[str, Any]], kl: str, proxy: str, gold: str | None) -> Plot:
+    def against_kl(metric: str) -> Points:
+        rows = [(row[kl], row[metric]) for row in table if kl in row and metric in row]
+        rows = [(a, b) for a, b in rows if math.isfinite(a + b)]
+        size = max(1, math.ceil(len(rows) / DOTS))
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        x = [math.sqrt(max(0.0, sum(a for a, _ in part) / len(part))) for part in parts]
+        return x, [sum(b for _, b in part) / len(part) for part in parts]
+
+    lines = [Line(*against_kl(proxy), label="proxy reward", dots="filled", colour=BLUE)]
+    if gold:
+        lines.append(Line(*against_kl(gold), label="true reward", dots="hollow", colour=INK, dashed=True))
+    moved = []
+    for change in fold.changes:
+        row = next((row for row in table if row["step"] >= change.effective_step and kl in row and proxy in row), None)
+        if row is not None:
+            moved.append(Rule(math.sqrt(max(0.0, row[kl])), row[proxy]))
+    title = "reward against distance from the reference"
+    return Plot(title, "√KL to the reference (√nats)", "reward (score)", lines, moved)
+
+
+def _series(table: list[dict[str, Any]], metric: str) -> Points:
+    points = [(row["step"], row[metric]) for row in table if metric in row and math.isfinite(row[metric])]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """An exponential mean without the bias towards zero at its start, as the panel draws it."""
+    out, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean, weight = MEMORY * mean + (1 - MEMORY) * value, MEMORY * weight + 1 - MEMORY
+        out.append(mean / weight)
+    return out
+
+
+def _state(fold: RunFold) -> str:
+    steps = f"step {fold.step}" + (f" of {fold.max_steps}" if fold.max_steps else "")
+    reason = f": {fold.failure.reason}" if fold.failure else ""
+    line = f"{fold.state}{reason} · {steps}"
+    return line if len(line) < 90 else f"{line[:88]}…"
+
+
+def _footer(fold: RunFold, run_id: str, content: str) -> str:
+    parts = [f"run {run_id}"]
+    if content:
+        parts.append(f"spec {content}")
+    if fold.model is not None and fold.model.content_hash:
+        parts.append(f"model {fold.model.content_hash[:12]}")
+    if fold.started is not None:
+        ranks = fold.started.world_size
+        parts += [fold.started.device, f"{ranks} rank{'' if ranks == 1 else 's'}"]
+    if fold.started_at is not None:
+        parts.append(datetime.fromtimestamp(fold.started_at, UTC).strftime("%Y-%m-%d %H:%M UTC"))
+    return " · ".join(part for part in parts if part)

@@ -69,7 +69,9 @@ def start_lab(root: Path, *, app: str = "lab", settings: dict[str, Any] | None =
     """JupyterLab (or Notebook 7) on a free port, with its own configuration, ended with everything it started."""
     home = root / ".jupyter"
     config = home / "config"
-    for plugin, values in (settings or {}).items():
+    # JupyterLab asks a new user about its news in a box that covers what the tests look at.
+    quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+    for plugin, values in {**quiet, **(settings or {})}.items():
         extension, _, name = plugin.partition(":")
         path = config / "lab" / "user-settings" / extension / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -61,6 +61,12 @@ def test_pairs_are_labelled_by_keyboard_and_survive_a_kernel_restart(lab, new_pa
         assert len(store.label_log("mine-labels")) == 5, "undo appends, nothing is edited"
     assert page.page.title() != "owned" and page.page.locator(".rlhf-side img").count() == 0
 
+    # JupyterLab's own single keys stay away: `d d` would delete the cell, `1` make it a heading.
+    for key in "ddxa":
+        page.page.keyboard.press(key)
+    kinds = "() => window.jupyterapp.shell.currentWidget.content.widgets.map(c => c.model.type)"
+    assert page.page.evaluate(kinds) == ["code"] * 3
+
     page.screenshot("labeller")
     page.restart_kernel()
     wait_for(lambda: "kernel is gone" in view.first.inner_text(), "the view says that its kernel is gone")

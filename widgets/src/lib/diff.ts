@@ -5,6 +5,8 @@ export interface Piece {
   only: boolean;
 }
 
+const MOSTLY = 0.7;
+
 /** Each text in pieces; `only` marks words the other lacks (longest common subsequence over words). */
 export function wordDiff(a: string, b: string): [Piece[], Piece[]] {
   const left = a.split(/(\s+)/);
@@ -38,5 +40,8 @@ export function wordDiff(a: string, b: string): [Piece[], Piece[]] {
       add(0, left[i++] as string, true);
     } else add(1, right[j++] as string, true);
   }
-  return out;
+  // Where next to nothing is shared, marking everything would say no more than the two texts do.
+  const whole = a.length + b.length;
+  const own = [...out[0], ...out[1]].reduce((sum, piece) => sum + (piece.only ? piece.text.length : 0), 0);
+  return own > MOSTLY * whole ? [[{ text: a, only: false }], [{ text: b, only: false }]] : out;
 }

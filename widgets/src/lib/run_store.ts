@@ -38,6 +38,12 @@ export class RunStore {
     const heart = setInterval(() => this.link.send({ kind: "alive", page: this.page }), ALIVE_MS);
     const watch = setInterval(() => this.judge(), 1000);
     this.endings.push(() => clearInterval(heart), () => clearInterval(watch));
+    // A page that is left or reloaded no longer watches; one that the browser kept and shows again does.
+    const left = (): void => this.send({ kind: "bye", page: this.page });
+    const back = (event: PageTransitionEvent): void => void (event.persisted && this.hello());
+    addEventListener("pagehide", left);
+    addEventListener("pageshow", back);
+    this.endings.push(() => removeEventListener("pagehide", left), () => removeEventListener("pageshow", back));
     this.hello();
   }
 

@@ -49,13 +49,13 @@ export function createLabeller(el: HTMLElement, link: LabelLink, options: { onCl
     h("section", {}, h("div.rlhf-sidename", {}, "B"), right));
   const done = h("div.rlhf-done", { hidden: true });
   const close = options.onClose ? h("button.rlhf-link", { type: "button", onclick: options.onClose }, "back to the run") : null;
-  const root = h("div.rlhf-labeller", { tabindex: 0, role: "region", "aria-label": "label pairs" },
+  // JupyterLab's command mode takes single keys for itself, before they come here: `1` would make the cell a heading.
+  const root = h("div.rlhf-labeller", { tabindex: 0, role: "region", "aria-label": "label pairs", "data-lm-suppress-shortcuts": "true" },
     h("div.rlhf-labelhead", {}, position, help, close), keys, banner, prompt, pair, done,
     h("div.rlhf-choices", {}, ...choices, undo, h("span.rlhf-rubric", {}, ...toggles)),
     h("div.rlhf-labelfoot", {}, bar, saved));
 
   root.addEventListener("keydown", (event) => {
-    // JupyterLab's command mode would act on single keys: `d d` deletes the cell.
     event.stopPropagation();
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const choice = KEYS[event.key];

@@ -2,6 +2,7 @@
 import { createLabeller } from "./labeller";
 import { h, setAttribute, setText } from "../lib/dom";
 import { copyText } from "../lib/clipboard";
+import { icon, type IconName } from "../lib/icons";
 import { ago, clock, number, rate } from "../lib/format";
 import type { Command, Status } from "../lib/protocol";
 import type { RunStore } from "../lib/run_store";
@@ -37,22 +38,23 @@ export function createPanel(el: HTMLElement, store: RunStore): () => void {
   const name = h("strong.rlhf-name");
   const title = h("span.rlhf-title");
   const progress = h("span.rlhf-progress");
-  const command = (op: Command["op"], glyph: string, text: string, hint: string): HTMLButtonElement =>
+  const command = (op: Command["op"], shape: IconName, text: string, hint: string): HTMLButtonElement =>
     h("button.rlhf-button", { type: "button", title: hint, "data-op": op, onclick: () => store.send({ kind: "command", op }) },
-      h("span", { "aria-hidden": "true" }, glyph), ` ${text}`);
-  const pause = command("pause", "⏸", "pause", "Hold before the next optimizer step");
-  const resume = command("resume", "▶", "resume", "Go on");
-  const stop = command("stop", "■", "stop", "End after this step; the model is saved");
-  const checkpoint = command("checkpoint", "◆", "checkpoint", "Save a checkpoint at the next step");
+      icon(shape), ` ${text}`);
+  const pause = command("pause", "pause", "pause", "Hold before the next optimizer step");
+  const resume = command("resume", "play", "resume", "Go on");
+  const stop = command("stop", "stop", "stop", "End after this step; the model is saved");
+  const checkpoint = command("checkpoint", "diamond", "checkpoint", "Save a checkpoint at the next step");
   const copy = h("button.rlhf-button", { type: "button", title: "Copy what you did here as a cell", onclick: () => offerCells() },
-    h("span", { "aria-hidden": "true" }, "⧉"), " copy as cell");
+    icon("copy"), " copy as cell");
   const bar = h("div.rlhf-bar", { role: "progressbar" }, h("span"));
   const where = h("span.rlhf-where");
   const header = h("header.rlhf-header", {},
     h("div.rlhf-line", {}, name, title, state, progress),
     h("div.rlhf-buttons", {}, pause, resume, stop, checkpoint, copy));
   const banner = h("div.rlhf-banner", { role: "status", hidden: true });
-  const failureLog = h("pre.rlhf-failure", { hidden: true });
+  const failureLines = h("pre.rlhf-failurelog");
+  const failureLog = h("details.rlhf-failure", { hidden: true }, h("summary", {}, "how it ended, whole, and its last log lines"), failureLines);
 
   // -- tabs
   const tablist = h("div.rlhf-tabs", { role: "tablist" });
@@ -120,7 +122,8 @@ export function createPanel(el: HTMLElement, store: RunStore): () => void {
   const body = h("div.rlhf-body", {}, stage, sliders.element);
   const labels = h("div.rlhf-labels", { hidden: true });
 
-  const root = h("div.rlhf-panel", { tabindex: 0, role: "region", "aria-label": "run" },
+  // JupyterLab's command mode takes single keys for itself, before they come here: `d d` would delete the cell.
+  const root = h("div.rlhf-panel", { tabindex: 0, role: "region", "aria-label": "run", "data-lm-suppress-shortcuts": "true" },
     header, bar, banner, failureLog,
     h("div.rlhf-tabline", {}, tablist, where),
     body, labels, footer, cells);
@@ -128,7 +131,6 @@ export function createPanel(el: HTMLElement, store: RunStore): () => void {
   const countRows = (): void => void (root.dataset.rows = String(store.rows.have));
   on("rows", countRows);
   countRows();
-  // JupyterLab's command mode would take single keys for itself: `d d` deletes the cell.
   root.addEventListener("keydown", (event) => {
     event.stopPropagation();
     const typing = event.target instanceof HTMLInputElement && event.target.type === "text";
@@ -170,6 +172,7 @@ export function createPanel(el: HTMLElement, store: RunStore): () => void {
     setText(name, status.run_id);
     setText(title, status.title ? `${status.title}` : status.method);
     setText(state, stateLine(status));
+    setAttribute(state, "title", status.state === "failed" ? stateLine(status) : null);
     state.dataset.state = store.gone ? "gone" : status.state;
     setText(progress, progressLine(status));
     const share = status.max_steps ? Math.min(1, status.step / status.max_steps) : 0;
@@ -188,7 +191,7 @@ export function createPanel(el: HTMLElement, store: RunStore): () => void {
     const ranks = status.world_size === null ? "" : `${status.world_size} ${status.world_size === 1 ? "rank" : "ranks"}`;
     setText(where, [status.device, ranks, status.attempt > 1 ? `attempt ${status.attempt}` : "", status.watching > 1 ? `watching: ${status.watching}` : ""].filter(Boolean).join(" · "));
     failureLog.hidden = status.failure_log.length === 0;
-    setText(failureLog, status.failure_log.join("\n"));
+    setText(failureLines, [status.failure, "", ...status.failure_log].join("\n"));
     drawBanner();
     chooseTab();
   }

@@ -115,7 +115,7 @@ export function createCurves(store: RunStore): Tab {
     for (const cell of cells.values()) {
       const series = store.rows.series.get(cell.figure.metric);
       // What a person or a schedule sets has no noise: smoothing it would show values that never were.
-      const exact = /^(coefficient\/|optimizer\/learning_rate)/.test(cell.figure.metric);
+      const exact = /^(objective\/.*_coef|optimizer\/learning_rate|data\/epoch)$/.test(cell.figure.metric);
       if (cell.chart && cell.visible) drawOne(cell.chart, series, from, to, exact);
     }
     settingRanges = false;

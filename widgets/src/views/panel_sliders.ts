@@ -7,6 +7,8 @@ import { makeScale } from "../lib/scale";
 
 const DEBOUNCE_MS = 150;
 const STEPS = 1000;
+/** More than these stand behind "more": the first ones are what a method is steered by. */
+const PRINCIPAL = 4;
 const TERMINAL = new Set(["finished", "stopped", "failed"]);
 const KEYS: Record<string, number> = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 6, PageDown: -6 };
 
@@ -19,13 +21,21 @@ interface Row {
 export function createSliders(store: RunStore): { element: HTMLElement; dispose(): void } {
   const element = h("aside.rlhf-sliders", { "aria-label": "live coefficients" });
   const rows = new Map<string, Row>();
+  const rest = h("div.rlhf-morebody");
+  const summary = h("summary", {});
+  const more = h("details.rlhf-more", { hidden: true }, summary, rest);
+  element.append(more);
   const draw = (): void => {
-    for (const slider of store.controls?.sliders ?? []) {
+    const sliders = store.controls?.sliders ?? [];
+    more.hidden = sliders.length <= PRINCIPAL + 1;
+    setText(summary, `${sliders.length - PRINCIPAL} more`);
+    for (const [place, slider] of sliders.entries()) {
       let row = rows.get(slider.name);
       if (!row) {
         row = createRow(slider, store);
         rows.set(slider.name, row);
-        element.append(row.element);
+        if (place < PRINCIPAL || more.hidden) more.before(row.element);
+        else rest.append(row.element);
       }
       row.update(slider);
     }

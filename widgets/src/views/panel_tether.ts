@@ -97,7 +97,7 @@ export function createTether(store: RunStore): Tab {
       why: moved.map((each) => each.change.why || "–"),
     });
     const far = Math.max(0.5, ...dots.x, ...goldDots.x, ...human.map((point) => point.x));
-    chart.range("x", 0, far * 1.05);
+    chart.range("x", -0.02 * far, far * 1.05);
     const y = span(dots.y, goldDots.y);
     if (y) chart.range("y", y[0], y[1]);
     legend.proxy.hidden = dots.x.length === 0;
