@@ -159,7 +159,8 @@ class Panel(anywidget.AnyWidget):
             self._draw_figures()
             if known_figures < len(self._figures):
                 self._say_figures()
-            self._send_rows(have)
+            # Every page hears it: the stream goes on behind it.
+            self._sent_generation, self._sent_rows = self._send_rows(have)
             newest = self._follower.newest_samples()
             if newest is not None:
                 self._say(messages.ShownSamples(step=newest.step, items=newest.items))

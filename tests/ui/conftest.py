@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from rlhf_nb.errors import UnavailableError
 from rlhf_nb.protocol.events import (
     AnyEvent,
@@ -179,3 +181,31 @@ def samples(step: int, n: int = 6) -> Samples:
         for number in range(n)
     ]
     return Samples(step=step, items=items)
+
+
+@pytest.fixture
+def run() -> ReplayedRun:
+    return ReplayedRun()
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    return random.Random(0)
+
+
+@pytest.fixture
+def ppo(run: ReplayedRun, chance: random.Random) -> Callable[[int], ReplayedRun]:
+    """A PPO run with so many steps."""
+
+    def make(steps: int) -> ReplayedRun:
+        run.start(has_reference=True, coefficients=[learning_rate()])
+        for step in range(1, steps + 1):
+            ppo_step(run, step, chance)
+        return run
+
+    return make
+
+
+@pytest.fixture(name="samples")
+def _samples() -> Callable[..., Samples]:
+    return samples

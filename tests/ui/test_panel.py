@@ -1,0 +1,144 @@
+"""The Python half of the panel: what it sends to a page, and what it makes of what a page says."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_nb.protocol.events import ControlRefused, Failed
+from rlhf_nb.ui.panel import Panel
+
+
+class Page:
+    """What a page hears of a panel."""
+
+    def __init__(self, panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.panel, self.heard = panel, []
+        monkeypatch.setattr(panel, "send", lambda content, buffers=None: self.heard.append((content, buffers or [])))
+
+    def says(self, kind: str, **content: Any) -> None:
+        self.panel._on_message(None, {"kind": kind, **content}, [])
+
+    def hello(self, name: str = "page", have: int = 0) -> None:
+        frames = self.of("frame")
+        self.says("hello", page=name, have=have, generation=frames[-1]["generation"] if frames else 0, figures=0)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [content for content, _ in list(self.heard) if content["kind"] == kind]
+
+    def rows(self) -> list[float]:
+        """Steps of the rows in all frames, in the order they came."""
+        steps: list[float] = []
+        for content, buffers in list(self.heard):
+            if content["kind"] == "frame":
+                block = np.frombuffer(bytes(buffers[0])).reshape(len(content["columns"]), content["n"])
+                steps.extend(block[content["columns"].index("step")])
+        return steps
+
+    def wait(self, condition: Any) -> Any:
+        for _ in range(400):
+            if answer := condition():
+                return answer
+            time.sleep(0.02)
+        raise AssertionError(f"never: {[content['kind'] for content, _ in self.heard]}")
+
+
+@pytest.fixture
+def page(run, monkeypatch):
+    panel = Panel(run)
+    yield Page(panel, monkeypatch)
+    panel.close()
+
+
+def test_a_page_gets_every_row_once_whatever_it_already_has(page, ppo, run, chance):
+    ppo(30)
+    page.hello()
+    assert page.wait(lambda: len(page.rows()) >= 30) and page.rows() == list(range(1, 31))
+    page.hello("another", have=25)
+    assert page.rows()[30:] == list(range(26, 31))
+
+
+def test_a_live_row_reaches_a_page_that_said_hello(page, ppo, run):
+    ppo(3)
+    page.hello()
+    page.wait(lambda: page.rows() == [1, 2, 3])
+    run.step(4, loss=0.1)
+    assert page.wait(lambda: page.rows() == [1, 2, 3, 4])
+
+
+def test_figures_stand_in_reading_order_also_when_a_metric_comes_late(page, run):
+    run.start()
+    run.step(1, time__step_s=0.1, optimizer__learning_rate=1e-4)
+    page.hello()
+    page.wait(lambda: page.of("figures"))
+    run.step(2, time__step_s=0.1, optimizer__learning_rate=1e-4, loss=0.3)
+    late = page.wait(lambda: [f for f in page.of("figures") if len(f["figures"]) == 3])[-1]
+    assert [figure["metric"] for figure in late["figures"]] == ["loss", "optimizer/learning_rate", "time/step_s"]
+
+
+def test_a_move_is_asked_then_in_effect(page, ppo, run):
+    ppo(2)
+    page.hello()
+    page.says("set", name="learning_rate", value=3e-4, why="")
+    page.wait(lambda: page.of("controls")[-1]["sliders"][0]["asked"] == 3e-4)
+    assert page.of("said")[-1]["cell"] == "%rlhf set ppo-7 learning_rate=0.0003"
+    run.step(3, loss=0.2)
+    page.wait(lambda: page.of("controls")[-1]["sliders"][0] | {"meaning": ""})
+    last = page.wait(lambda: [c for c in page.of("controls") if c["changes"]])[-1]
+    assert (last["sliders"][0]["value"], last["sliders"][0]["asked"]) == (3e-4, None)
+    assert last["changes"][0]["step"] == 3 and last["changes"][0]["who"] == "alice"
+
+
+def test_a_refusal_by_the_worker_is_said_and_the_handle_goes_back(page, ppo, run):
+    ppo(2)
+    page.hello()
+    page.says("set", name="learning_rate", value=3e-4, why="")
+    page.wait(lambda: page.of("controls")[-1]["sliders"][0]["asked"])
+    run.emit(ControlRefused(id="control-1", op="set", reason="learning_rate: the schedule owns it"))
+    said = page.wait(lambda: [s for s in page.of("said") if s["level"] == "error"])[-1]
+    assert said["text"] == "refused: learning_rate: the schedule owns it"
+    page.wait(lambda: page.of("controls")[-1]["sliders"][0]["asked"] is None)
+
+
+def test_an_error_of_the_run_is_one_line_and_not_a_traceback(page, run, ppo):
+    ppo(1)
+    page.hello()
+    page.says("set", name="learning_rat", value=1.0, why="")
+    said = page.wait(lambda: [s for s in page.of("said") if s["level"] == "error"])[-1]
+    assert "\n" not in said["text"]
+
+
+def test_pages_are_counted_while_they_are_there(page, ppo, run):
+    ppo(1)
+    page.hello("one")
+    page.hello("two")
+    assert page.of("status")[-1]["watching"] == 2
+    page.says("bye", page="one")
+    page.hello("two")
+    assert page.of("status")[-1]["watching"] == 1
+
+
+def test_a_dead_run_says_how_in_the_header(page, ppo, run):
+    ppo(5)
+    page.hello()
+    run.emit(Failed(reason="rank 0 was killed by SIGKILL", signal="SIGKILL", rank=0, log_tail=["last words"]))
+    status = page.wait(lambda: [s for s in page.of("status") if s["state"] == "failed"])[-1]
+    assert status["failure"] == "rank 0 was killed by SIGKILL" and status["failure_log"] == ["last words"]
+
+
+def test_what_a_page_says_wrongly_is_answered_and_ends_nothing(page, ppo, run):
+    ppo(1)
+    page.says("dance")
+    assert page.of("said")[-1]["level"] == "error"
+    page.hello()
+    assert page.wait(lambda: page.rows() == [1])
+
+
+def test_a_page_that_may_listen_but_not_speak_is_sent_everything(page, ppo):
+    ppo(4)
+    page.panel.send_state()
+    assert page.wait(lambda: page.rows() == [1, 2, 3, 4])
+    assert page.of("asset"), "it could not ask for BokehJS either"
