@@ -73,7 +73,12 @@ def append_line(path: Path, value: Any) -> None:
     with storage_errors(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(descriptor, (json.dumps(value, ensure_ascii=False) + "\n").encode())
+            line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+            before = os.fstat(descriptor).st_size
+            if os.write(descriptor, line) < len(line):
+                # A full disk takes a part of it, and the next line would be glued to that.
+                os.ftruncate(descriptor, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -32,7 +32,6 @@ from typing import Any
 
 from common import HERE, calm, parser, report, say, scratch, slope, summary
 
-sys.path.insert(0, str(HERE.parent / "ui"))
 
 CELLS = (
     "%load_ext rlhf_nb\n%rlhf workspace {workspace}\n%rlhf attach local --no-standby",

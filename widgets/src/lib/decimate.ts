@@ -55,6 +55,12 @@ export function bins(x: readonly number[], y: readonly number[], step: readonly 
   return out;
 }
 
+/** A range that moves only when it must: each move lays out a figure's axes anew, and the eye loses its place. */
+export function steady(now: [number, number] | null, wanted: [number, number]): [number, number] {
+  if (!now || wanted[0] < now[0] || wanted[1] > now[1]) return wanted;
+  return wanted[1] - wanted[0] < 0.6 * (now[1] - now[0]) ? wanted : now;
+}
+
 /** A y-range around values with a margin; equal values get room on both sides. */
 export function span(...lists: ArrayLike<number>[]): [number, number] | null {
   let low = Infinity;

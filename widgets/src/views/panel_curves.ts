@@ -1,6 +1,6 @@
 // Small multiples over optimizer steps: one x-range, one crosshair, one zoom.
 import { onTheme, theme } from "../lib/bokeh";
-import { decimate, span } from "../lib/decimate";
+import { decimate, span, steady } from "../lib/decimate";
 import { beforePaint, h, setText } from "../lib/dom";
 import { number } from "../lib/format";
 import type { Figure } from "../lib/protocol";
@@ -9,7 +9,11 @@ import type { Series } from "../lib/rows";
 import { Chart, redrawer } from "./chart";
 import type { Tab } from "./panel";
 
-const POINTS = 900;
+const POINTS = 600;
+/** Room to the right of the newest step, as a share of it: with none, every step would move every axis. */
+const ROOM = 0.12;
+
+const NONE: never[] = [];
 
 interface Cell {
   figure: Figure;
@@ -18,6 +22,8 @@ interface Cell {
   host: HTMLElement;
   line: HTMLElement;
   chart: Chart | null;
+  range: [number, number] | null;
+  changes: unknown;
   visible: boolean;
   stale: boolean;
 }
@@ -32,6 +38,8 @@ export function createCurves(store: RunStore): Tab {
   let disposed = false;
   let zoom: [number, number] | null = null;
   let settingRanges = false;
+  /** Right end of the shared x-range. */
+  let end = 0;
   let crosshair: number | null = null;
 
   const observer =
@@ -67,7 +75,7 @@ export function createCurves(store: RunStore): Tab {
       const host = h("div.rlhf-chart");
       const line = h("div.rlhf-crosshair", { hidden: true });
       const cell: Cell = {
-        figure, value, host, line, chart: null, visible: observer === null, stale: true,
+        figure, value, host, line, chart: null, range: null, changes: null, visible: observer === null, stale: true,
         element: h("figure.rlhf-curve", { "data-metric": figure.metric },
           h("figcaption", { title: figure.glossary }, h("span.rlhf-metric", {}, figure.label), value),
           h("div.rlhf-chartbox", {}, host, line)),
@@ -110,19 +118,21 @@ export function createCurves(store: RunStore): Tab {
   function draw(): void {
     if (!shown || disposed) return;
     reset.hidden = zoom === null;
-    const [from, to] = zoom ?? [0, Math.max(10, store.rows.lastStep * 1.02)];
+    const last = store.rows.lastStep;
+    if (last > end || last < 0.5 * end) end = Math.max(10, Math.ceil(last * (1 + ROOM)));
+    const [from, to] = zoom ?? [0, end];
     settingRanges = true;
     for (const cell of cells.values()) {
       const series = store.rows.series.get(cell.figure.metric);
       // What a person or a schedule sets has no noise: smoothing it would show values that never were.
       const exact = /^(objective\/.*_coef|optimizer\/learning_rate|data\/epoch)$/.test(cell.figure.metric);
-      if (cell.chart && cell.visible) drawOne(cell.chart, series, from, to, exact);
+      if (cell.chart && cell.visible) drawOne(cell, cell.chart, series, from, to, exact);
     }
     settingRanges = false;
     drawValues();
   }
 
-  function drawOne(chart: Chart, series: Series | undefined, from: number, to: number, exact: boolean): void {
+  function drawOne(cell: Cell, chart: Chart, series: Series | undefined, from: number, to: number, exact: boolean): void {
     const steps = series?.x.view() ?? new Float64Array();
     const raw = decimate(steps, series?.y.view() ?? new Float64Array(), from, to, POINTS);
     const calm = exact ? series?.y : series?.smooth;
@@ -130,18 +140,22 @@ export function createCurves(store: RunStore): Tab {
     chart.set("raw", raw as never);
     chart.set("smooth", series && series.length > 3 ? (smooth as never) : { x: [], y: [] });
     chart.set("last", series?.length && zoom === null ? { x: [series.x.at(series.length - 1)], y: [(series.length > 3 && calm ? calm : series.y).at(series.length - 1)] } : { x: [], y: [] });
-    const changes = store.controls?.changes ?? [];
-    chart.set("changes", {
-      x: changes.map((change) => change.step),
-      y: changes.map(() => 0),
-      name: changes.map((change) => change.name),
-      move: changes.map((change) => `${number(change.old)} → ${number(change.new)}`),
-      who: changes.map((change) => change.who || "–"),
-      why: changes.map((change) => change.why || "–"),
-    });
+    const changes = store.controls?.changes ?? NONE;
+    if (cell.changes !== changes) {
+      cell.changes = changes;
+      chart.set("changes", {
+        x: changes.map((change) => change.step),
+        y: changes.map(() => 0),
+        name: changes.map((change) => change.name),
+        move: changes.map((change) => `${number(change.old)} → ${number(change.new)}`),
+        who: changes.map((change) => change.who || "–"),
+        why: changes.map((change) => change.why || "–"),
+      });
+    }
     chart.range("x", from, to);
     const y = span(raw.y);
-    if (y) chart.range("y", y[0], y[1]);
+    if (y) cell.range = steady(zoom ? null : cell.range, y);
+    if (cell.range) chart.range("y", ...cell.range);
   }
 
   function drawValues(): void {
