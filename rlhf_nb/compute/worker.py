@@ -148,10 +148,11 @@ def _leave_group() -> None:
 
 
 def _stand_by(standby: Path, rank: int, watcher: ProcessIdentity) -> None:
-    """Import everything a job needs, then wait for one. Touches neither CUDA nor a process group."""
+    """Import everything a job needs and do slow first things, then wait for one. Touches neither CUDA nor a process group."""
     from rlhf_nb.training import job
 
     job.preload()
+    job.warm_up()
     _introduce(RunDir(standby), rank, watcher, ready=time.time())
     announced = standby / "job.json"
     owner = ProcessIdentity.from_dict(read_json(standby / "owner.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,14 @@ from rlhf_nb.protocol.spec import BlobData, DataRef, NamedData
 
 if TYPE_CHECKING:
     from rlhf_nb.training.context import Context
+
+
+@cache
+def embedded_rows(name: str) -> tuple[str, list[Row]]:
+    """Kind and rows of the toy world's data, written by its generator once in a process."""
+    from rlhf_nb.toy import dataset
+
+    return dataset(name)
 
 
 def load_rows(reference: DataRef, blobs: Path, kind: str) -> list[Row]:
@@ -26,9 +35,8 @@ def load_rows(reference: DataRef, blobs: Path, kind: str) -> list[Row]:
     """
     match reference:
         case NamedData(name=name):
-            from rlhf_nb.toy import dataset
-
-            found, rows = dataset(name)
+            found, kept = embedded_rows(name)
+            rows = [dict(row) for row in kept]
         case BlobData(content_hash=content_hash, row_kind=found):
             name = reference.name or content_hash[:8]
             path = blobs / f"{content_hash}.jsonl"

@@ -23,7 +23,7 @@ from rlhf_nb.protocol.spec import FunctionReward, NamedReward, RunSpec
 from rlhf_nb.training import checkpoints, distributed, models
 from rlhf_nb.training.context import Context, Emitter
 from rlhf_nb.training.control import ControlLoop
-from rlhf_nb.training.data import load_rows
+from rlhf_nb.training.data import embedded_rows, load_rows
 
 VERSIONS = ("rlhf-nb", "torch", "transformers", "trl", "peft", "accelerate")
 
@@ -45,6 +45,41 @@ def preload() -> None:
     logging.disable_progress_bar()
     importlib.import_module("rlhf_nb.training.trainer")
     importlib.import_module("rlhf_nb.training.sampling")
+
+
+def warm_up() -> None:
+    """What a standby does beyond importing: the first time of everything that is slow the first time.
+
+    Loads the embedded model and takes a step with it on the CPU, then throws it away. Touches neither an accelerator nor
+    a process group; a machine on which this fails starts its runs a second later and says nothing.
+    """
+    import gc
+
+    with contextlib.suppress(Exception):
+        _first_times()
+    # A trainer collects garbage before its first step: what was imported need not be looked through again.
+    gc.collect()
+    gc.freeze()
+
+
+def _first_times() -> None:
+    import torch
+    from datasets import Dataset
+
+    path = str(models.toy_path())
+    tokenizer, model = models.load_tokenizer(path), models.load_model(path)
+    for name in ("toy-demonstrations", "toy-pairs", "toy-prompts"):
+        embedded_rows(name)
+    chat = [{"role": "user", "content": "Where is the mill?"}, {"role": "assistant", "content": "On Mill Lane."}]
+    rows = Dataset.from_list([{"messages": chat}] * 2)
+    tokens = rows.map(
+        lambda row: tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True),
+        new_fingerprint="warm",
+    )
+    ids = torch.tensor(tokens["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
 
 
 def run(
