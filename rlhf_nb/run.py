@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf_nb.errors import ComputeError, RunFailedError, SpecError, UnavailableError, did_you_mean
+from rlhf_nb.errors import (
+    ComputeError,
+    RunFailedError,
+    SpecError,
+    StorageError,
+    StoreLockedError,
+    UnavailableError,
+    did_you_mean,
+)
 from rlhf_nb.protocol import control as controls
 from rlhf_nb.protocol.events import TERMINAL, AnyEvent, Samples
 from rlhf_nb.protocol.fold import RunFold
@@ -101,6 +110,8 @@ class Run:
         self._lock = threading.Lock()
         self._spec: RunSpec | None = None
         self._shown = False
+        self._unindexed: list[AnyEvent] = []
+        """Read, and not in the workspace's index yet."""
 
     @property
     def spec(self) -> RunSpec:
@@ -115,9 +126,19 @@ class Run:
             fresh = self.workspace.client.events(self.id, since=self._fold.last_seq)
             for event in fresh:
                 self._fold.add(event)
-            if fresh:
-                self.workspace.index(self, self._fold, fresh)
+            self._unindexed.extend(fresh)
+            if self._unindexed:
+                self._index()
             return self._fold
+
+    def _index(self) -> None:
+        """The run directory is the truth of a run: a database that cannot be written now is filled later."""
+        try:
+            self.workspace.index(self, self._fold, self._unindexed)
+        except (StorageError, StoreLockedError) as error:
+            warnings.warn(f"{self.id} goes on, and its index waits: {error}", stacklevel=4)
+        else:
+            self._unindexed = []
 
     @property
     def state(self) -> str:

@@ -324,6 +324,7 @@ class Agent:
                 with storage_errors(run.path):
                     for path in run.ranks.glob("*.json"):
                         path.unlink()
+                    run.hold_reserve()
                     write_json(run.attempt_path, {"attempt": attempt, "resume_from": checkpoint})
                     os.replace(run.exit_path, run.path / f"exit.{ended['attempt']}.json")
                     run.supervisor_path.unlink(missing_ok=True)

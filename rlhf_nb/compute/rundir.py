@@ -13,6 +13,7 @@ checkpoints/  model/
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -46,6 +47,11 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         if error.errno in _WAYS_OUT:
             raise StorageError(f"{path}: {_WAYS_OUT[error.errno]}") from error
         raise
+    except Exception as error:
+        # torch's and safetensors' writers are not Python's: a full disk reaches them as a short write.
+        if not any(sign in str(error) for sign in ("No space left", "os error 28", "inline_container.cc")):
+            raise
+        raise StorageError(f"{path}: {_WAYS_OUT[errno.ENOSPC]}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -186,6 +192,9 @@ def _repair(path: Path) -> int:
         return int(json.loads(last)["seq"]) if last else 0
 
 
+RESERVE_BYTES = 1 << 16
+
+
 class RunDir:
     """Paths and small readers of one run's directory."""
 
@@ -202,6 +211,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.ranks = self.path / "ranks"
+        self._reserve = self.path / ".reserve"
 
     @property
     def run_id(self) -> str:
@@ -212,6 +222,16 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             self.ranks.mkdir(exist_ok=True)
         write_json(self.spec_path, spec.model_dump(mode="json"))
+        self.hold_reserve()
+
+    def hold_reserve(self) -> None:
+        """Take some space now, so that on a full disk there still is a place to say how a run ended."""
+        with contextlib.suppress(OSError):
+            self._reserve.write_bytes(b"\0" * RESERVE_BYTES)
+
+    def release_reserve(self) -> None:
+        with contextlib.suppress(OSError):
+            self._reserve.unlink()
 
     def spec(self) -> RunSpec:
         return RunSpec.model_validate(read_json(self.spec_path))

@@ -287,6 +287,7 @@ class Supervisor:
         result.ended_at = now
         since = (self.run.supervisor() or {}).get("computing_since")
         result.seconds = round(now - since, 3) if since else 0.0
+        self.run.release_reserve()
         write_json(self.run.exit_path, result.to_dict())
         self._append_terminal(result.to_dict())
 

@@ -148,7 +148,7 @@ def _leave_group() -> None:
 
 
 def _stand_by(standby: Path, rank: int, watcher: ProcessIdentity) -> None:
-    """Import everything a job needs and do slow first things, then wait for one. Touches neither CUDA nor a process group."""
+    """Import what a job needs, do slow first things, wait for a job. Touches neither CUDA nor a process group."""
     from rlhf_nb.training import job
 
     job.preload()
@@ -177,6 +177,7 @@ def _write_to_log(path: Path) -> None:
 def _record_error(arguments: argparse.Namespace, rank: int, error: BaseException) -> None:
     traceback.print_exception(error)
     place = _place(arguments)
+    place.release_reserve()
     first_line = (str(error).strip().splitlines() or [""])[0]
     try:
         write_json(

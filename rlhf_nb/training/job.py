@@ -50,8 +50,8 @@ def preload() -> None:
 def warm_up() -> None:
     """What a standby does beyond importing: the first time of everything that is slow the first time.
 
-    Loads the embedded model and takes a step with it on the CPU, then throws it away. Touches neither an accelerator nor
-    a process group; a machine on which this fails starts its runs a second later and says nothing.
+    Loads the embedded model and takes a step with it on the CPU, then throws it away. Touches neither an accelerator
+    nor a process group; a machine on which this fails starts its runs a second later and says nothing.
     """
     import gc
 
@@ -133,6 +133,11 @@ def run(
             spec, method, place, emit, control, blobs, runs_root, true_rank, true_world, use_cpu, attempt, resume_from
         )
         _train(context, place)
+    except BaseException:
+        # Half a checkpoint is of no use, and on a full disk its space is what the words about the end need.
+        if true_rank == 0:
+            shutil.rmtree(place.checkpoints / checkpoints.SCRATCH, ignore_errors=True)
+        raise
     finally:
         if writer is not None:
             writer.close()

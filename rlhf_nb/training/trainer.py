@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_nb.compute.rundir import storage_errors
 from rlhf_nb.training import checkpoints, distributed
 from rlhf_nb.training.callback import Steering
 from rlhf_nb.training.control import BoundCoefficient
@@ -52,7 +53,9 @@ class SteeredTrainer:
     def train(self) -> None:
         resume_from = self.context.resume_from
         self._clear_scratch()
-        self.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        # Whatever writes in there, this callback or the Trainer by itself, writes checkpoints.
+        with storage_errors(self.context.run_dir / "checkpoints"):
+            self.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         self._clear_scratch()
 
     def _clear_scratch(self) -> None:

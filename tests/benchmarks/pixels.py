@@ -25,13 +25,11 @@ from __future__ import annotations
 import bisect
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from common import HERE, calm, parser, report, say, scratch, slope, summary
-
 
 CELLS = (
     "%load_ext rlhf_nb\n%rlhf workspace {workspace}\n%rlhf attach local --no-standby",

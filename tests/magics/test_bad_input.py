@@ -22,7 +22,7 @@ def lines(*rows: object) -> bytes:
     [
         ("empty.jsonl", b"", "empty"),
         ("cut.jsonl.gz", gzip.compress(lines(*[PAIR] * 500))[:-20], "cut.jsonl.gz"),
-        ("columns.jsonl", lines({"question": "a", "answer": "b"}), "question"),
+        ("columns.jsonl", lines({"foo": "a", "bar": "b"}), "foo"),
         ("same.jsonl", lines({**PAIR, "rejected": "because"}), "identical"),
         ("latin.csv", "prompt,chosen,rejected\ncafé,à,b\n".encode("latin-1"), "UTF-8"),
         ("broken.jsonl", lines(PAIR) + b'{"prompt": "x', "line 2"),
@@ -48,7 +48,7 @@ def test_a_second_attach_is_refused_the_first_stays_and_replace_replaces_it(shel
     shell.run("%rlhf attach local --no-standby")
     ws = workspace.current()
     first = ws.attached.agent_pid
-    with pytest.raises(AttachError, match="attached already and stays.*--replace") as caught:
+    with pytest.raises(AttachError, match=r"attached already and stays.*--replace") as caught:
         shell.run("%rlhf attach local --no-standby")
     assert "\n" not in str(caught.value) and ws.attached.agent_pid == first and ws.client.alive
     shell.run("%rlhf attach local --no-standby --replace")
