@@ -99,6 +99,11 @@ class Method(BaseModel):
     sample_every: int = Field(25, ge=0)
     """Optimizer steps between sampled completions; 0 samples none."""
 
+    def start_values(self) -> dict[str, float]:
+        """What the live coefficients are at the start, by name; of one that was left out, its lowest value."""
+        given = {live: getattr(self, live.name) for live in self.live}
+        return {live.name: live.low if value is None else float(value) for live, value in given.items()}
+
     def build_trainer(self, context: Context) -> Trainer:
         """Build what trains, beside the accelerator. The only code that knows a trainer library's names."""
         raise TypeError(f"{type(self).__name__} has no trainer")

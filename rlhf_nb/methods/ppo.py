@@ -4,9 +4,10 @@ Papers   Schulman et al. 2017, arXiv:1707.06347 (the clipped loss); Ziegler et a
          reward); Ouyang et al. 2022, arXiv:2203.02155; Huang et al. 2024, arXiv:2403.17031 (the details that matter).
 Rows     prompt.
 Models   policy (trained); reference (frozen; the policy with its adapter off under LoRA); value model (trained);
-         reward.
-Live     kl_coef, temperature and length_penalty from the next rollout; learning_rate, cliprange, cliprange_value,
-         vf_coef and entropy_coef from the next step. Raising kl_coef keeps the policy closer to the reference.
+         reward. Without a value model (`value_model="none"`) it is REINFORCE++ (Hu et al. 2025, arXiv:2501.03262).
+Live     kl_coef, kl_target, kl_controller, temperature and length_penalty from the next rollout; learning_rate,
+         cliprange, cliprange_value, vf_coef and entropy_coef from the next step. Raising kl_coef keeps the policy
+         closer to the reference.
 Agrees   with the maths of TRL 1.12, the last that had a PPO (tests/maths); in enumerable worlds with the optimum
          π_ref·exp(r/β) (tests/fidelity). Not with four of TRL's faults: here the score stands on the last token that
          counts and not one after it, padding enters no average, the end token counts when it is also the pad token,
@@ -26,9 +27,32 @@ from rlhf_nb.errors import SpecError
 from rlhf_nb.methods.base import LEARNING_RATE, LiveCoefficient, Method, Trainer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlhf_nb.protocol.spec import RunSpec
     from rlhf_nb.training.context import Context
     from rlhf_nb.training.online import Credit, Live, Minibatch, Outputs, Rollout, TokenLosses
+
+
+PENALTIES = {"reward": "k1", "loss": "ratio_k3"}
+"""Where β·KL is taken → the estimator that `kl_estimator="auto"` means there."""
+REFUSED = {
+    ("reward", "k2"): "only k1 in the reward has a gradient of its own that is zero on average; use kl_estimator=k1",
+    ("reward", "k3"): "only k1 in the reward has a gradient of its own that is zero on average; use kl_estimator=k1",
+    ("reward", "ratio_k3"): "the importance ratio belongs into the loss; use kl_in=loss, or kl_estimator=k1",
+    ("loss", "k1"): "k1 in the loss is no penalty at all, its gradient is zero on average; use kl_in=reward",
+    ("loss", "k3"): "plain k3 in the loss converges to the optimum of the forward KL, half a nat away at beta=0.1; "
+    "use ratio_k3 or k2, or kl_in=reward",
+}
+"""Penalties that do not lead where a person who asks for them wants to go."""
+
+
+def without_controller(method: PPO) -> str | None:
+    return "no controller moves kl_coef in this run; start it with kl_target" if method.kl_target is None else None
+
+
+def without_reference(method: PPO) -> str | None:
+    return "reference=none: there is no reference to be held to" if method.reference == "none" else None
 
 
 class PPO(Method):
@@ -38,29 +62,58 @@ class PPO(Method):
     title: ClassVar[str] = "Proximal policy optimization"
     paper: ClassVar[str] = "arXiv:1707.06347"
     rows: ClassVar[str] = "prompts"
-    has_reference: ClassVar[bool] = True
     needs_reward: ClassVar[bool] = True
 
     # The objective. With γ = 1, temperature 1 and no penalty, bonus or whitening of rewards its optimum is
-    # π_ref·exp(r/β).
+    # π_ref·exp(r/β). Every knob that moves it says so; tests/fidelity/test_ppo_exact.py enumerates where to.
     kl_coef: float = Field(0.05, ge=0)
     """β, score per nat of KL to the reference. 0 cuts the tether; the reference is held anyway, so that it can be
     raised."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """reward: −β·k1 at each token, credited to the tokens before it. loss: β times an estimate that is differentiated;
+    token-local, so that a prefix gets no credit for the divergence it leads to: the optimum moves, except for
+    completions of one token."""
+    kl_estimator: Literal["auto", "k1", "k2", "k3", "ratio_k3"] = "auto"
+    """auto: k1 in the reward, ratio_k3 in the loss. Estimators that do not lead to the tethered optimum are refused."""
+    kl_target: float | None = Field(None, gt=0)
+    """Nats a completion. Given, a controller moves kl_coef to hold the measured KL there (Ziegler et al. 2019, §2.2); a
+    kl_coef set by hand holds the controller until kl_controller is set to 1."""
+    kl_horizon: int = Field(10_000, gt=0)
+    """Completions over which an error of the controller is corrected e-fold; its step is
+    1 + clip(KL/kl_target − 1, ±0.2)·completions/kl_horizon."""
+    reference: Literal["frozen", "ema", "none"] = "frozen"
+    """frozen: where the policy started. ema: an exponential moving average of the policy, so that the optimum moves
+    with it and no distance is kept from the start. none: no reference and no tether, and half the memory."""
+    reference_decay: float = Field(0.95, ge=0, lt=1)
+    """Of reference=ema, a rollout: reference ← decay·reference + (1 − decay)·policy."""
     temperature: float = Field(1.0, gt=0)
     """Of sampling. Every log-probability is taken at it, so that the tether holds the tempered policy to the tempered
     reference."""
+    temperature_end: float | None = Field(None, gt=0)
+    """Temperature at max_steps, reached linearly; the live temperature is scaled along. None: constant."""
+    score_normalisation: Literal["none", "running"] = "none"
+    """running: scores are shifted and divided by the mean and standard deviation of all scores so far. Moves the
+    optimum: β is then in standard deviations, which change as the policy does."""
+    score_scale: float = Field(1.0, gt=0)
+    """Scores are multiplied by this. Moves the optimum as dividing β by it would."""
     score_clip: float | None = Field(None, gt=0)
-    """Scores are clipped to ± this before anything else."""
+    """Scores are then clipped to ± this. Moves the optimum: beyond it completions earn the same."""
+    length_normalised: bool = False
+    """Divide the score by the completion's tokens. Moves the optimum towards short completions of high scores and long
+    ones of low scores."""
     missing_eos_penalty: float = Field(0.0, ge=0)
-    """Taken off the score of a completion that was cut at `max_new_tokens`."""
+    """Taken off the score of a completion that was cut at `max_new_tokens`. Moves the optimum to that of the penalised
+    score."""
     length_penalty: float = Field(0.0, ge=0)
-    """Taken off the score for every token."""
+    """Taken off the score for every token. Moves the optimum to that of the penalised score."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of the mean token entropy in the loss, a bonus. Moves the optimum towards flatter policies."""
 
     # The rollout
     rollout_batch_size: int = Field(64, gt=0)
     """Completions of one rollout, over all ranks."""
+    samples_per_prompt: int = Field(1, gt=0)
+    """Completions of each prompt in a rollout. Without a value model their mean score is the baseline."""
     max_new_tokens: int = Field(48, gt=0)
     """Longest completion, in tokens."""
 
@@ -93,9 +146,12 @@ class PPO(Method):
     """Gradients are scaled down to this L2 norm, the policy's and a value model's of its own apart; 0 leaves them."""
     lr_scheduler: Literal["constant", "linear"] = "constant"
     """linear falls to 0 at max_steps."""
-    value_model: Literal["own", "policy_trunk"] = "own"
+    stop_at_score: float | None = None
+    """End the run, with its model saved, once a rollout's mean score reaches this."""
+    value_model: Literal["own", "policy_trunk", "none"] = "own"
     """own: a second trunk from the policy's start. policy_trunk: a head on the policy's, half the work; value errors
-    then pull at the policy too, by vf_coef."""
+    then pull at the policy too, by vf_coef. none: no value model, the light variant; a token's advantage is the score
+    less the KL still to come, less the mean score of its prompt where samples_per_prompt is above 1."""
     micro_batch_size: int = Field(0, ge=0)
     """Completions of one forward and backward pass on one rank, to save memory; 0 takes a minibatch whole."""
 
@@ -108,6 +164,7 @@ class PPO(Method):
             unit="score/nat",
             meaning="Price of moving away from the reference. Higher is closer to it.",
             enters="rollout",
+            unavailable_when=without_reference,
         ),
         LEARNING_RATE,
         LiveCoefficient(
@@ -129,7 +186,39 @@ class PPO(Method):
             meaning="Taken off the score for each token. Higher is shorter.",
             enters="rollout",
         ),
+        LiveCoefficient(
+            "kl_target",
+            low=0.01,
+            high=1000.0,
+            scale="log",
+            unit="nats",
+            meaning="KL a completion at which the controller holds the policy.",
+            enters="rollout",
+            unavailable_when=without_controller,
+        ),
+        LiveCoefficient(
+            "kl_controller",
+            low=0.0,
+            high=1.0,
+            meaning="1: the controller moves kl_coef. 0: kl_coef stays as it was set by hand.",
+            enters="rollout",
+            unavailable_when=without_controller,
+        ),
     )
+
+    @property
+    def has_reference(self) -> bool:  # type: ignore[override]
+        return self.reference != "none"
+
+    @property
+    def kl_controller(self) -> float:
+        """Whether the controller runs at the start."""
+        return float(self.kl_target is not None)
+
+    @property
+    def penalty(self) -> str:
+        """The estimator in force."""
+        return PENALTIES[self.kl_in] if self.kl_estimator == "auto" else self.kl_estimator
 
     @property
     def num_mini_batches(self) -> int:
@@ -141,6 +230,22 @@ class PPO(Method):
                 f"ppo: rollout_batch_size={self.rollout_batch_size} is no multiple of batch_size={self.batch_size}; "
                 f"use {self.batch_size * max(1, round(self.rollout_batch_size / self.batch_size))}"
             )
+        if reason := REFUSED.get((self.kl_in, self.kl_estimator)):
+            raise SpecError(f"ppo: kl_in={self.kl_in} with kl_estimator={self.kl_estimator}: {reason}")
+        if self.rollout_batch_size % self.samples_per_prompt:
+            raise SpecError(
+                f"ppo: rollout_batch_size={self.rollout_batch_size} does not hold whole groups of "
+                f"samples_per_prompt={self.samples_per_prompt}; use a multiple of it"
+            )
+        if self.reference == "none" and self.kl_target is not None:
+            raise SpecError(f"ppo: kl_target={self.kl_target:g} needs a reference to measure KL to; use reference=frozen")
+        if self.reference == "ema" and spec.adapter is not None:
+            raise SpecError(
+                "ppo: reference=ema averages whole models, and an adapter's reference is the policy with it off; "
+                "use reference=frozen, or no adapter"
+            )
+        if self.value_model == "none" and self.gamma < 1:
+            raise SpecError(f"ppo: gamma={self.gamma:g} discounts towards a value model; use gamma=1 or value_model=own")
         if self.batch_size < spec.launch.num_processes:
             raise SpecError(
                 f"ppo: batch_size={self.batch_size} leaves some of {spec.launch.num_processes} ranks without a "
@@ -159,24 +264,36 @@ class PPO(Method):
     # --- the maths --------------------------------------------------------------------------------------------------
 
     def penalised(self, rollout: Rollout, live: Live) -> Any:
-        """(B,) the score that is optimised: clipped, less what a cut completion and each token cost."""
-        score_B = rollout.score_B
+        """(B,) the score that is optimised: normalised, scaled, clipped, less what a cut completion and each token
+        cost."""
+        score_B = (rollout.score_B - rollout.score_shift) / rollout.score_spread * self.score_scale
         if self.score_clip is not None:
             score_B = score_B.clamp(-self.score_clip, self.score_clip)
+        if self.length_normalised:
+            score_B = score_B / rollout.mask_BT.sum(1).clamp(min=1)
         cut_B = (~rollout.ended_B).to(score_B.dtype)
         return score_B - self.missing_eos_penalty * cut_B - live.length_penalty * rollout.mask_BT.sum(1)
 
     def credit(self, rollout: Rollout, live: Live) -> Credit:
         """From scores to an advantage and a return for each token; once a rollout, over all ranks' completions."""
         from rlhf_nb.maths import kl
-        from rlhf_nb.maths.advantages import gae, token_rewards
+        from rlhf_nb.maths.advantages import gae, group_advantages, returns_to_go, token_rewards
         from rlhf_nb.maths.masked import masked_whiten
         from rlhf_nb.training.online import Credit
 
         mask_BT = rollout.mask_BT
         kl_BT = kl.estimate(rollout.behavior_logprobs_BT, rollout.reference_logprobs_BT, "k1")
-        rewards_BT = token_rewards(self.penalised(rollout, live), kl_BT, mask_BT, kl_coef=live.kl_coef)
+        kl_coef = live.kl_coef if self.kl_in == "reward" else 0.0
+        score_B = self.penalised(rollout, live)
+        rewards_BT = token_rewards(score_B, kl_BT, mask_BT, kl_coef=kl_coef)
         total_B = rewards_BT.sum(1)
+        if self.value_model == "none":
+            if self.samples_per_prompt > 1:
+                groups_PG = score_B.view(-1, self.samples_per_prompt)
+                score_B = group_advantages(groups_PG, scale="none").view(-1)
+                rewards_BT = token_rewards(score_B, kl_BT, mask_BT, kl_coef=kl_coef)
+            returns_BT = returns_to_go(rewards_BT, mask_BT)
+            return Credit(total_B, masked_whiten(returns_BT, mask_BT) if self.whiten_advantages else returns_BT, returns_BT)
         if self.whiten_rewards:
             rewards_BT = masked_whiten(rewards_BT, mask_BT, shift_mean=False)
         advantages_BT, returns_BT = gae(rewards_BT, rollout.values_BT, mask_BT, gamma=self.gamma, lam=self.lam)
@@ -198,24 +315,44 @@ class PPO(Method):
             batch.mask_BT,
             cliprange=live.cliprange,
         )
-        value = clipped_value_loss(
-            outputs.values_BT, batch.values_BT, batch.returns_BT, batch.mask_BT, cliprange_value=live.cliprange_value
-        )
-        total_BT = policy.loss_BT + live.vf_coef * value.loss_BT
+        total_BT, metrics = policy.loss_BT, {"loss/policy": policy.loss_BT, "policy/clip_fraction": policy.clipped_BT}
+        if self.value_model != "none":
+            value = clipped_value_loss(
+                outputs.values_BT,
+                batch.values_BT,
+                batch.returns_BT,
+                batch.mask_BT,
+                cliprange_value=live.cliprange_value,
+            )
+            total_BT = total_BT + live.vf_coef * value.loss_BT
+            metrics |= {"loss/value": value.loss_BT, "value/clip_fraction": value.clipped_BT}
+        if self.kl_in == "loss":
+            penalty_BT = self._penalty(batch, outputs.logprobs_BT)
+            total_BT = total_BT + live.kl_coef * penalty_BT
+            metrics["loss/kl"] = penalty_BT
         if live.entropy_coef:
             total_BT = total_BT - live.entropy_coef * outputs.entropy_BT
         return TokenLosses(
             total_BT,
             {
                 "loss": total_BT,
-                "loss/policy": policy.loss_BT,
-                "loss/value": value.loss_BT,
-                "policy/clip_fraction": policy.clipped_BT,
-                "value/clip_fraction": value.clipped_BT,
+                **metrics,
                 "policy/approx_kl": kl.estimate(batch.behavior_logprobs_BT, outputs.logprobs_BT, "k3"),
                 "policy/entropy": outputs.entropy_BT,
             },
         )
+
+    def _penalty(self, batch: Minibatch, logprobs_BT: Tensor) -> Tensor:
+        """(B, T) nats, what kl_coef multiplies in the loss; its gradient is that of the KL of each token's choice."""
+        from rlhf_nb.maths import kl
+        from rlhf_nb.maths.masked import fill
+
+        logprobs_BT, reference_BT = fill(logprobs_BT, batch.mask_BT), fill(batch.reference_logprobs_BT, batch.mask_BT)
+        if self.penalty == "k2":
+            return kl.estimate(logprobs_BT, reference_BT, "k2")
+        # The ratio makes it an expectation under the policy that is differentiated, whoever sampled.
+        ratio_BT = (logprobs_BT - fill(batch.behavior_logprobs_BT, batch.mask_BT)).exp()
+        return ratio_BT * kl.estimate(logprobs_BT, reference_BT, "k3")
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 

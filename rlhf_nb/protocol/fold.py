@@ -135,6 +135,9 @@ class RunFold:
         self.max_steps = event.max_steps or self.max_steps
         values = {k: float("nan") if v is None else v for k, v in event.values.items()}
         self.rows.append(MetricRow(event.seq, event.t, event.step, event.rollout, values))
+        if (used := values.get("objective/kl_coef")) is not None and "kl_coef" in self.coefficients:
+            # A controller moves it without asking; the metric says what the rollout used.
+            self.coefficients["kl_coef"] = self.coefficients["kl_coef"].model_copy(update={"value": used})
 
     def _resume(self, event: Resumed) -> None:
         self.state = "running"

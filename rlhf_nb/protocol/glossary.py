@@ -47,6 +47,8 @@ _ENTRIES = (
     Entry("reward/gold", "true reward", "score", "gold r*(x, y), never optimised", "mean over samples", "up"),
     # Online methods
     Entry("objective/kl_coef", "kl_coef", "score/nat", "β, price of a nat", "exact, as this rollout used it", "watch"),
+    Entry("objective/temperature", "temperature", "", "τ, logits are divided by it", "exact, as this rollout used it", "watch"),
+    Entry("loss/kl", "KL in the loss", "nats/token", "ratio·k3 or k2 against the reference", "mean over the step's tokens, all ranks", "watch"),
     Entry("loss/policy", "policy loss", "", "max(−ρA, −clip(ρ, 1±ε)·A), ρ = π/π_behavior", "mean over the step's tokens, all ranks", "watch"),
     Entry("loss/value", "value loss", "score²", "½·max((V − R)², (clip(V) − R)²)", "mean over the step's tokens, all ranks", "down"),
     Entry("policy/clip_fraction", "clipped tokens", "", "share of tokens whose policy gradient the clip took", "mean over the step's tokens", "watch"),

@@ -38,15 +38,18 @@ def hidden_states(trunk: Any, tokens_BL: Tensor, attention_mask_BL: Tensor, at: 
 class ActorCritic(nn.Module):
     """Policy and value model in one module, so that one wrapper shares the gradients of both."""
 
-    def __init__(self, policy: Any, critic: Any | None, width: int) -> None:
+    def __init__(self, policy: Any, critic: Any | None, width: int | None) -> None:
         """
         Args:
             policy: Causal model, an adapter on it or not.
             critic: The value model's own trunk; None reads the values off the policy's.
-            width: Of the hidden states.
+            width: Of the hidden states; None for no value model at all: every value is 0.
         """
         super().__init__()
         self.policy, self.critic = policy, critic
+        self.value_head = None
+        if width is None:
+            return
         # Zero: the first advantages are then the returns themselves, and no random function of the state.
         self.value_head = nn.Linear(width, 1)
         nn.init.zeros_(self.value_head.weight)
@@ -77,7 +80,7 @@ class ActorCritic(nn.Module):
         at = predicting_slice(prompt_width, tokens_BL.shape[1])
         trunk, head = trunk_and_head(self.policy)
         logprobs_BT = entropy_BT = hidden_BTD = None
-        if with_policy or self.critic is None:
+        if with_policy or (self.critic is None and self.value_head is not None):
             hidden_BTD = hidden_states(trunk, tokens_BL, attention_mask_BL, at)
         if with_policy and hidden_BTD is not None:
             logprobs_BT, entropy_BT = completion_logprobs(
@@ -89,6 +92,8 @@ class ActorCritic(nn.Module):
                 with_entropy=True,
                 entropy_gradient=entropy_gradient,
             )
+        if self.value_head is None:
+            return logprobs_BT, entropy_BT, torch.zeros(mask_BT.shape, device=mask_BT.device)
         if self.critic is not None:
             hidden_BTD = hidden_states(self.critic, tokens_BL, attention_mask_BL, at)
         assert hidden_BTD is not None
@@ -98,17 +103,28 @@ class ActorCritic(nn.Module):
     def groups(self) -> list[list[nn.Parameter]]:
         """Trained parameters whose gradients are clipped together: the policy's, and those of a value model of its
         own."""
-        value = list(self.value_head.parameters()) + (list(self.critic.parameters()) if self.critic is not None else [])
+        value = list(self.value_head.parameters()) if self.value_head is not None else []
+        value += list(self.critic.parameters()) if self.critic is not None else []
         policy = list(self.policy.parameters())
         together = [policy, value] if self.critic is not None else [policy + value]
         return [[p for p in group if p.requires_grad] for group in together]
 
 
 class Reference:
-    """The frozen model that the KL is taken to: a second copy, or the policy with its adapter off."""
+    """The model that the KL is taken to: a second copy, or the policy with its adapter off, or none."""
 
-    def __init__(self, policy: Any, frozen: Any | None) -> None:
-        self._policy, self._frozen = policy, frozen
+    def __init__(self, policy: Any, frozen: Any | None, *, absent: bool = False) -> None:
+        self._policy, self._frozen, self._absent = policy, frozen, absent
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights of a copy of its own; empty without one."""
+        return dict(self._frozen.named_parameters()) if self._frozen is not None else {}
+
+    @torch.no_grad()
+    def follow(self, policy: Any, decay: float) -> None:
+        """Move towards the policy: an exponential moving average of its weights."""
+        for mine, theirs in zip(self._frozen.parameters(), policy.parameters(), strict=True):
+            mine.lerp_(theirs.detach(), 1 - decay)
 
     def to(self, device: torch.device) -> None:
         if self._frozen is not None:
@@ -126,8 +142,11 @@ class Reference:
     @torch.no_grad()
     def logprobs(
         self, tokens_BL: Tensor, attention_mask_BL: Tensor, mask_BT: Tensor, *, temperature: float = 1.0
-    ) -> Tensor:
-        """(B, T) nats, of the completion tokens at the temperature that sampled them; 0 outside the mask."""
+    ) -> Tensor | None:
+        """(B, T) nats, of the completion tokens at the temperature that sampled them; 0 outside the mask. None where
+        there is no reference."""
+        if self._absent:
+            return None
         prompt_width = tokens_BL.shape[1] - mask_BT.shape[1]
         with self.open() as (trunk, head):
             hidden = hidden_states(
@@ -137,7 +156,13 @@ class Reference:
             return completion_logprobs(hidden, head, tokens_BT, mask_BT, temperature=temperature)[0]
 
 
-def load(context: Context, path: str, *, value_model: Literal["own", "policy_trunk"]) -> tuple[ActorCritic, Reference]:
+def load(
+    context: Context,
+    path: str,
+    *,
+    value_model: Literal["own", "policy_trunk", "none"],
+    reference: Literal["frozen", "ema", "none"] = "frozen",
+) -> tuple[ActorCritic, Reference]:
     """Policy, value model and reference, all three from the policy's start.
 
     Every module stays in eval mode: with dropout the ratio of a policy to itself would not be one.
@@ -146,7 +171,7 @@ def load(context: Context, path: str, *, value_model: Literal["own", "policy_tru
     trunk, head = trunk_and_head(policy)
     _check_head(policy, trunk, head)
     critic = copy.deepcopy(trunk) if value_model == "own" else None
-    width = trunk.config.get_text_config().hidden_size
+    width = trunk.config.get_text_config().hidden_size if value_model != "none" else None
     if context.spec.adapter is not None:
         from peft import get_peft_model
 
@@ -154,9 +179,11 @@ def load(context: Context, path: str, *, value_model: Literal["own", "policy_tru
         if critic is not None:
             critic = get_peft_model(critic, lora_config(context, "FEATURE_EXTRACTION"))
         frozen = None
+    elif reference == "none":
+        frozen = None
     else:
         frozen = models.load_model(path).eval().requires_grad_(False)
-    return ActorCritic(policy, critic, width).eval(), Reference(policy, frozen)
+    return ActorCritic(policy, critic, width).eval(), Reference(policy, frozen, absent=reference == "none")
 
 
 @torch.no_grad()

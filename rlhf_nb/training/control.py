@@ -110,6 +110,8 @@ class ControlLoop:
 
     on_idle: Callable[[], None] | None = None
     """Set by a trainer that can serve checkpoint and sample requests while paused."""
+    on_change: Callable[[CoefficientChanged], None] | None = None
+    """Called after a coefficient that a person asked for was written."""
     around_pause: Callable[[], AbstractContextManager[None]] = nullcontext
     """Set by a trainer that keeps pauses out of its step times."""
 
@@ -182,14 +184,15 @@ class ControlLoop:
             old = bound.read()
             bound.write(control.value)
             del self._waiting[name]
-            self._emit(
-                CoefficientChanged(
-                    id=control.id,
-                    name=name,
-                    old=old,
-                    new=control.value,
-                    effective_step=step,
-                    who=control.who,
-                    why=control.why,
-                )
+            change = CoefficientChanged(
+                id=control.id,
+                name=name,
+                old=old,
+                new=control.value,
+                effective_step=step,
+                who=control.who,
+                why=control.why,
             )
+            self._emit(change)
+            if self.on_change is not None:
+                self.on_change(change)

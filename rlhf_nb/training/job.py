@@ -154,7 +154,7 @@ def _so_far(place: RunDir, attempt: int) -> RunFold:
 
 def _values_at(method: Method, before: RunFold, step: int) -> dict[str, float]:
     """What each live coefficient was when optimizer step `step` had been taken."""
-    values = {live.name: float(getattr(method, live.name)) for live in method.live}
+    values = method.start_values()
     values.update({change.name: change.new for change in before.changes if change.effective_step <= step})
     return values
 

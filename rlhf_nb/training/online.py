@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,7 +24,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf_nb.errors import ComputeError, DataError, SpecError
+from rlhf_nb.maths.controllers import RunningMoments, adapted_kl_coef
 from rlhf_nb.maths.masked import masked_sum
+from rlhf_nb.protocol.events import CoefficientChanged
 from rlhf_nb.rewards.resolve import scorer
 from rlhf_nb.training import actor_critic, data, distributed, models
 from rlhf_nb.training.control import BoundCoefficient
@@ -65,6 +67,10 @@ class Rollout:
     gold_B: Tensor | None  # noqa: N815
     ended_B: Tensor  # noqa: N815
     temperature: float
+    score_shift: float = 0.0
+    """Mean of the scores so far, where they are normalised."""
+    score_spread: float = 1.0
+    """Their standard deviation."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Minibatch:
     attention_mask_BL: Tensor  # noqa: N815
     mask_BT: Tensor  # noqa: N815
     behavior_logprobs_BT: Tensor  # noqa: N815
+    reference_logprobs_BT: Tensor  # noqa: N815
     values_BT: Tensor  # noqa: N815
     advantages_BT: Tensor  # noqa: N815
     returns_BT: Tensor  # noqa: N815
@@ -125,7 +132,9 @@ class OnlineTrainer:
         self.device = self.accelerator.device
         path = context.model_path(context.spec.policy)
         self.tokenizer = models.load_tokenizer(path, self.emit)
-        self.module, self.reference = actor_critic.load(context, path, value_model=method.value_model)
+        self.module, self.reference = actor_critic.load(
+            context, path, value_model=method.value_model, reference=method.reference
+        )
         self._take_prompts(models.max_length(path, method.max_length, self.emit))
         self.score = scorer(context, "reward", device=self.device)
         self.gold = scorer(context, "gold", device=self.device)
@@ -141,7 +150,8 @@ class OnlineTrainer:
         # accelerate switches prepared modules to train mode.
         self.model.eval()
 
-        self.live: Any = SimpleNamespace(**{live.name: float(getattr(method, live.name)) for live in method.live})
+        self.live: Any = SimpleNamespace(**method.start_values())
+        self.moments = RunningMoments()
         self.step = 0
         """Optimizer steps taken."""
         self.rollouts = 0
@@ -184,11 +194,14 @@ class OnlineTrainer:
         loop = self.context.control
         loop.bind([self._bound(live) for live in self.method.live])
         loop.on_idle = self._serve
+        loop.on_change = self._hold_controller
         if self.context.resume_from is not None:
             self.step, self.rollouts = load_checkpoint(self.context.resume_from, self)
             self._checkpointed = self.step
         while self._goes_on(new_rollout=True):
             rollout, seconds = self.collect()
+            if self._good_enough(rollout):
+                break
             credit = self.method.credit(rollout, self.live)
             self._say_rollout(rollout, credit, seconds)
             self._between_rollouts, updating_s = False, 0.0
@@ -200,6 +213,9 @@ class OnlineTrainer:
                 if self._far_enough(metrics):
                     break
             self.emit.metric(self.step, {"time/update_s": updating_s}, rollout=self.rollouts)
+            self._control_kl(rollout)
+            if self.method.reference == "ema":
+                self.reference.follow(self.module.policy, self.method.reference_decay)
             self.rollouts += 1
             self._between_rollouts = True
             self._checkpoint_when_due()
@@ -217,9 +233,51 @@ class OnlineTrainer:
         target = self.method.target_kl
         return target is not None and metrics["policy/approx_kl"] > target
 
+    def _good_enough(self, rollout: Rollout) -> bool:
+        wanted, score = self.method.stop_at_score, rollout.score_B.mean().item()
+        if wanted is None or score < wanted:
+            return False
+        self.emit.metric(self.step, {"reward/score": score}, rollout=self.rollouts)
+        self.emit.notice(
+            "score_reached", f"rollout {self.rollouts} scores {score:.4g}, stop_at_score={wanted:g}: the run ends here"
+        )
+        return True
+
+    def _control_kl(self, rollout: Rollout) -> None:
+        """Move kl_coef towards the KL that is wanted, unless a person holds it."""
+        if self.method.kl_target is None or self.live.kl_controller < 0.5:
+            return
+        kl_B = masked_sum(rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT, rollout.mask_BT, 1)
+        self.live.kl_coef = adapted_kl_coef(
+            self.live.kl_coef,
+            kl_B.mean().item(),
+            target=self.live.kl_target,
+            completions=len(kl_B),
+            horizon=self.method.kl_horizon,
+        )
+
+    def _hold_controller(self, change: CoefficientChanged) -> None:
+        """A person who sets kl_coef means it: the controller lets go until it is told to go on."""
+        if change.name == "kl_coef" and getattr(self.live, "kl_controller", 0.0) >= 0.5:
+            self.live.kl_controller = 0.0
+            self.emit.event(
+                CoefficientChanged(
+                    id=f"{change.id}-holds",
+                    name="kl_controller",
+                    old=1.0,
+                    new=0.0,
+                    effective_step=change.effective_step,
+                    who=change.who,
+                    why="kl_coef was set by hand; kl_controller=1 releases it",
+                )
+            )
+
     def _bound(self, live: Any) -> BoundCoefficient:
         return BoundCoefficient(
-            live, lambda: getattr(self.live, live.name), lambda value: setattr(self.live, live.name, value)
+            live,
+            lambda: getattr(self.live, live.name),
+            lambda value: setattr(self.live, live.name, value),
+            live.unavailable_when(self.method) if live.unavailable_when else None,
         )
 
     def _serve(self) -> None:
@@ -246,13 +304,14 @@ class OnlineTrainer:
 
     def prompt_indices(self) -> list[int]:
         """Which prompt each global row of this rollout completes: passes over all prompts, each in its own order."""
-        n, B = len(self.rows), self.method.rollout_batch_size
+        n, each = len(self.rows), self.method.samples_per_prompt
+        P = self.method.rollout_batch_size // each
         indices, orders = [], {}
-        for g in range(self.rollouts * B, (self.rollouts + 1) * B):
+        for g in range(self.rollouts * P, (self.rollouts + 1) * P):
             epoch, at = divmod(g, n)
             if epoch not in orders:
                 orders[epoch] = np.random.default_rng([self.method.seed, epoch]).permutation(n)
-            indices.append(int(orders[epoch][at]))
+            indices += [int(orders[epoch][at])] * each
         return indices
 
     def collect(self) -> tuple[Rollout, dict[str, float]]:
@@ -262,7 +321,7 @@ class OnlineTrainer:
         mine = list(range(self.context.rank, len(indices), self.context.world_size))
         prompts = [self.prompt_ids[indices[row]] for row in mine]
         noise = uniforms(self.method.seed, self.rollouts, mine, self.method.max_new_tokens)
-        temperature = self.live.temperature
+        temperature = self.live.temperature * self._temperature_schedule()
         sampled = self.sampler.sample(prompts, noise, temperature=temperature)
         sampled_at = time.perf_counter()
         texts = self.texts(sampled.tokens_BT, sampled.mask_BT)
@@ -275,7 +334,8 @@ class OnlineTrainer:
         reference, values = [], []
         for rows in torch.arange(len(mine), device=self.device).split(self._micro(len(mine))):
             part = (tokens_BL[rows], attention_mask_BL[rows], sampled.mask_BT[rows])
-            reference.append(self.reference.logprobs(*part, temperature=temperature))
+            there = self.reference.logprobs(*part, temperature=temperature)
+            reference.append(sampled.behavior_logprobs_BT[rows] if there is None else there)
             with torch.no_grad():
                 values.append(self.module(*part, with_policy=False)[2].masked_fill(~part[2], 0.0))
         rollout = self._gather(
@@ -293,6 +353,9 @@ class OnlineTrainer:
             temperature,
         )
         self._notice_cut(rollout)
+        if self.method.score_normalisation == "running":
+            self.moments.add(rollout.score_B)
+            rollout = replace(rollout, score_shift=self.moments.mean, score_spread=self.moments.spread)
         return rollout, {
             "time/rollout_s": sampled_at - began,
             "time/score_s": scored_at - sampled_at,
@@ -360,13 +423,16 @@ class OnlineTrainer:
             "reward/mean": credit.total_B.mean().item(),
             "reward/score": rollout.score_B.mean().item(),
             "reward/std": rollout.score_B.std().item() if len(rollout.score_B) > 1 else 0.0,
-            "kl/policy_reference": kl_B.mean().item(),
-            "objective/kl_coef": self.live.kl_coef,
             "completion/length_mean": mask_BT.sum(1).float().mean().item(),
             "completion/truncated_fraction": (~rollout.ended_B).float().mean().item(),
-            "value/explained_variance": _explained(rollout.values_BT[mask_BT], credit.returns_BT[mask_BT]),
             **seconds,
         }
+        if self.method.has_reference:
+            values |= {"kl/policy_reference": kl_B.mean().item(), "objective/kl_coef": self.live.kl_coef}
+        if self.method.value_model != "none":
+            values["value/explained_variance"] = _explained(rollout.values_BT[mask_BT], credit.returns_BT[mask_BT])
+        if self.method.temperature_end is not None:
+            values["objective/temperature"] = rollout.temperature
         if rollout.gold_B is not None:
             values["reward/gold"] = rollout.gold_B.mean().item()
         self.emit.metric(self.step + 1, values, rollout=self.rollouts)
@@ -380,6 +446,7 @@ class OnlineTrainer:
             rollout.attention_mask_BL,
             rollout.mask_BT,
             rollout.behavior_logprobs_BT,
+            rollout.reference_logprobs_BT,
             rollout.values_BT,
             credit.advantages_BT,
             credit.returns_BT,
@@ -442,6 +509,12 @@ class OnlineTrainer:
             entropy_gradient=getattr(self.live, "entropy_coef", 0.0) > 0,
         )
         return Outputs(logprobs, entropy, values)
+
+    def _temperature_schedule(self) -> float:
+        end = self.method.temperature_end
+        if end is None:
+            return 1.0
+        return 1 + (end / self.method.temperature - 1) * min(1.0, self.step / self.method.max_steps)
 
     def _schedule(self) -> float:
         if self.method.lr_scheduler == "constant":

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from rlhf_nb.training.online import OnlineTrainer
 
 
+REFERENCE = "reference.safetensors"
+
+
 def save_checkpoint(trainer: OnlineTrainer) -> None:
     """Write `checkpoints/checkpoint-STEP`, whole or not at all. Every rank calls it."""
     run_dir, step = trainer.context.run_dir, trainer.step
@@ -37,7 +40,10 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
             weights = {n: p.detach().cpu() for n, p in trainer.module.named_parameters() if p.requires_grad}
             save_file(weights, scratch / "trained.safetensors")
             torch.save(trainer.optimizer.state_dict(), scratch / "optimizer.pt")
+            if trainer.method.reference == "ema":
+                save_file({n: p.detach().cpu() for n, p in trainer.reference.state().items()}, scratch / REFERENCE)
             counters = {"step": step, "rollouts": trainer.rollouts, "said_cut": trainer._said_cut}
+            counters |= {"live": vars(trainer.live), "moments": trainer.moments.state()}
             (scratch / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
     distributed.barrier()
     if trainer.context.is_main:
@@ -66,6 +72,13 @@ def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
         _restore(torch.load(generators, weights_only=True))
     counters = json.loads((path / "counters.json").read_text(encoding="utf-8"))
     trainer._said_cut = counters["said_cut"]
+    # The controller moves kl_coef without an event: what the events tell of it is older.
+    vars(trainer.live).update(counters.get("live", {}))
+    trainer.moments.load(counters.get("moments"))
+    if (path / REFERENCE).exists():
+        with torch.no_grad():
+            for name, weight in load_file(path / REFERENCE).items():
+                trainer.reference.state()[name].copy_(weight)
     return counters["step"], counters["rollouts"]
 
 

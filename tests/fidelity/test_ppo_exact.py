@@ -6,6 +6,7 @@ left is the algorithm itself, so the optimum can be asked for to a thousandth, a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -38,8 +39,17 @@ def optimise(method: PPO, world, steps: int = 800, rate: float = 0.03):
         old = now.detach()
         weights = old.sum(-1).exp()
         # The true value of a state: the expected sum of what is still to be earned there.
+        sampled = Rollout(
+            tokens_BL=tokens.repeat(P, 1), attention_mask_BL=row_mask, mask_BT=row_mask,
+            behavior_logprobs_BT=old.flatten(0, 1), reference_logprobs_BT=reference.flatten(0, 1),
+            values_BT=torch.zeros(row_mask.shape, dtype=torch.float64), score_B=rewards.flatten(), gold_B=None,
+            ended_B=ended.repeat(P), temperature=1.0,
+        )  # fmt: skip
         earned = advantages.token_rewards(
-            rewards.flatten(), kl.estimate(old, reference).flatten(0, 1), row_mask, kl_coef=method.kl_coef
+            method.penalised(sampled, live),
+            kl.estimate(old, reference).flatten(0, 1),
+            row_mask,
+            kl_coef=method.kl_coef if method.kl_in == "reward" else 0.0,
         )
         to_go = advantages.returns_to_go(earned, row_mask)
         share = (weights.flatten()[:, None] * row_mask).flatten()
@@ -47,17 +57,15 @@ def optimise(method: PPO, world, steps: int = 800, rate: float = 0.03):
         sums = torch.zeros(P * count, dtype=torch.float64).index_add(0, row_states.flatten(), share * to_go.flatten())
         values = (sums / mass.clamp(min=1e-300))[row_states]
 
-        rollout = Rollout(
-            tokens_BL=tokens.repeat(P, 1), attention_mask_BL=row_mask, mask_BT=row_mask,
-            behavior_logprobs_BT=old.flatten(0, 1), reference_logprobs_BT=reference.flatten(0, 1), values_BT=values,
-            score_B=rewards.flatten(), gold_B=None, ended_B=ended.repeat(P), temperature=1.0,
-        )  # fmt: skip
+        rollout = replace(sampled, values_BT=values)
         credit = method.credit(rollout, live)
         batch = Minibatch(
-            rollout.tokens_BL, row_mask, row_mask, rollout.behavior_logprobs_BT, values,
+            rollout.tokens_BL, row_mask, row_mask, rollout.behavior_logprobs_BT, rollout.reference_logprobs_BT, values,
             credit.advantages_BT, credit.returns_BT,
         )  # fmt: skip
-        losses = method.loss(batch, Outputs(now.flatten(0, 1), torch.zeros_like(values), values), live)
+        everywhere = logits.log_softmax(-1)
+        entropy = -(everywhere.exp() * everywhere).sum(-1).flatten()[row_states]
+        losses = method.loss(batch, Outputs(now.flatten(0, 1), entropy, values), live)
         optimizer.zero_grad()
         (losses.loss_BT.sum(-1) * weights.flatten()).sum().backward()
         optimizer.step()
@@ -141,15 +149,74 @@ def test_a_kl_that_earlier_tokens_get_no_credit_for_is_seen(monkeypatch, world):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"gamma": 0.9}, {"length_penalty": 0.1}, {"missing_eos_penalty": 0.5}, {"score_clip": 0.5}]
+    "knobs",
+    [
+        {"gamma": 0.9},
+        {"length_penalty": 0.1},
+        {"missing_eos_penalty": 0.5},
+        {"score_clip": 0.5},
+        {"score_scale": 2.0},
+        {"length_normalised": True},
+        {"entropy_coef": 0.1},
+    ],
+    ids=str,
 )
 def test_a_knob_that_moves_the_optimum_does_move_it(world, knobs):
     assert left_over(ppo(0.25, **knobs), world) > 2 * SHARE
 
 
-def test_a_length_penalty_moves_it_to_the_gibbs_policy_of_the_penalised_reward(world):
-    beta = 0.25
-    policy, _, reference = optimise(ppo(beta, length_penalty=0.1), world)
-    _, mask, _ = world.completions()
-    star = kl.gibbs(reference, world.rewards() - 0.1 * mask.sum(1), beta)
-    assert (kl.exact(policy, star) / kl.exact(reference, star)).max() <= SHARE
+def worst(policy, star, reference) -> float:
+    return (kl.exact(policy, star) / kl.exact(reference, star)).max().item()
+
+
+MOVED = {
+    "length_penalty": (0.1, lambda reward, mask, ended: reward - 0.1 * mask.sum(1)),
+    "missing_eos_penalty": (0.5, lambda reward, mask, ended: reward - 0.5 * ~ended),
+    "score_clip": (0.5, lambda reward, mask, ended: reward.clamp(-0.5, 0.5)),
+    "score_scale": (2.0, lambda reward, mask, ended: 2 * reward),
+    "length_normalised": (True, lambda reward, mask, ended: reward / mask.sum(1)),
+}
+"""Knob → value, and the reward whose Gibbs policy is then the optimum."""
+
+
+@pytest.mark.parametrize("knob", MOVED)
+def test_it_moves_to_the_gibbs_policy_of_the_reward_that_its_docstring_names(world, knob):
+    value, moved = MOVED[knob]
+    policy, _, reference = optimise(ppo(0.25, **{knob: value}), world)
+    _, mask, ended = world.completions()
+    assert worst(policy, kl.gibbs(reference, moved(world.rewards(), mask, ended), 0.25), reference) <= SHARE
+
+
+@pytest.mark.parametrize(("T", "least", "most"), [(1, 0.0, SHARE), (2, 2 * SHARE, 0.05)])
+def test_a_token_entropy_bonus_leads_to_the_optimum_of_the_sequence_bonus_only_for_one_token(make_world, T, least, most):
+    """A bonus c on the entropy of whole completions moves the optimum to ∝ π_ref^{β/(β+c)}·exp(r/(β+c))."""
+    world, beta, bonus = make_world(T=T), 0.25, 0.05
+    policy, plain, reference = optimise(ppo(beta, entropy_coef=bonus), world)
+    star = torch.log_softmax((beta * reference + world.rewards()) / (beta + bonus), -1)
+    assert least <= worst(policy, star, reference) < most < worst(policy, plain, reference)
+
+
+# --- KL in the loss ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["ratio_k3", "k2"])
+def test_kl_in_the_loss_reaches_the_gibbs_policy_for_one_token_and_only_nearly_for_more(make_world, estimator):
+    method = ppo(0.25, kl_in="loss", kl_estimator=estimator)
+    assert left_over(method, make_world(T=1)) <= SHARE
+    assert 2 * SHARE < left_over(method, make_world(T=3)) < 0.1
+
+
+@pytest.mark.parametrize(("estimator", "least"), [("k1", 0.4), ("k3", 0.05)])
+def test_the_penalties_that_are_refused_do_not_lead_there_even_for_one_token(monkeypatch, make_world, estimator, least):
+    """k1 in the loss is no penalty; plain k3 leads to the optimum of the forward KL."""
+    monkeypatch.setattr(
+        PPO, "_penalty", lambda _, batch, logprobs: kl.estimate(logprobs, batch.reference_logprobs_BT, estimator)
+    )
+    assert left_over(ppo(0.1, kl_in="loss"), make_world(T=1)) > least
+
+
+# --- without a value model --------------------------------------------------------------------------------------------
+
+
+def test_without_a_value_model_it_reaches_the_same_optimum(world):
+    assert left_over(ppo(0.25, value_model="none"), world) <= SHARE

@@ -1,0 +1,228 @@
+"""PPO's choices beyond the plain algorithm, as they run: controller, references, no value model, groups, schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_nb.compute.rundir import append_line
+from rlhf_nb.errors import SpecError
+from rlhf_nb.maths.controllers import adapted_kl_coef
+from rlhf_nb.methods.ppo import PPO
+from rlhf_nb.protocol.control import SetCoefficient
+from rlhf_nb.protocol.fold import RunFold
+from rlhf_nb.protocol.glossary import GLOSSARY
+from rlhf_nb.protocol.spec import FunctionReward, LoRA, RunSpec
+from rlhf_nb.training import checkpoints
+
+ROWS = [{"prompt": p} for p in ("Who?", "Where is it?", "When do they open?", "Is it far?", "Why?", "How?")]
+CONFIG = {
+    "max_steps": 16, "rollout_batch_size": 4, "batch_size": 2, "num_ppo_epochs": 2, "max_new_tokens": 6,
+    "max_length": 80, "sample_every": 0, "learning_rate": 1e-2, "kl_coef": 0.2,
+}  # fmt: skip
+LETTERS = FunctionReward(
+    name="letters",
+    source="def letters(prompts, completions):\n"
+    "    return [sum(c.isascii() and c.isalpha() for c in text) / 4 for text in completions]",
+)
+
+
+@pytest.fixture
+def ppo(job, tiny_model_maker) -> Callable[..., Any]:
+    job.model = tiny_model_maker("still", dropout=0.0)
+
+    def start(name: str = "run", *, reward=LETTERS, controls=(), adapter=None, prepare=False, **knobs):
+        place = job.prepare("ppo", ROWS, name=name, config={**CONFIG, **knobs}, reward=reward, adapter=adapter)
+        for control in controls:
+            append_line(place.control_path, control.model_dump())
+        return place if prepare else job.run(place)
+
+    start.job = job
+    return start
+
+
+def fold(place) -> RunFold:
+    folded = RunFold()
+    for event in place.events():
+        folded.add(event)
+    return folded
+
+
+def rollouts(place) -> list[dict[str, float]]:
+    return [row for row in fold(place).table() if "reward/mean" in row]
+
+
+# --- the controller ---------------------------------------------------------------------------------------------------
+
+
+def test_the_controller_moves_kl_coef_by_its_formula_and_the_run_says_what_it_used(ppo):
+    place = ppo(kl_target=0.02, kl_horizon=40)
+    rows = rollouts(place)
+    assert len(rows) == 4 and rows[0]["objective/kl_coef"] == 0.2
+    for before, after in zip(rows, rows[1:], strict=False):
+        expected = adapted_kl_coef(
+            before["objective/kl_coef"], before["kl/policy_reference"], target=0.02, completions=4, horizon=40
+        )
+        assert after["objective/kl_coef"] == pytest.approx(expected, rel=1e-6) != before["objective/kl_coef"]
+    assert fold(place).coefficients["kl_coef"].value == rows[-1]["objective/kl_coef"]
+
+
+def test_a_kl_coef_set_by_hand_holds_the_controller_until_it_is_released(ppo):
+    place = ppo(kl_target=0.02, kl_horizon=40, controls=[SetCoefficient(name="kl_coef", value=0.5, who="mira")])
+    held = next(e for e in fold(place).changes if e.name == "kl_controller")
+    assert (held.old, held.new, held.effective_step, held.who) == (1.0, 0.0, 1, "mira")
+    assert {row["objective/kl_coef"] for row in rollouts(place)} == {0.5}
+    both = [SetCoefficient(name="kl_coef", value=0.5), SetCoefficient(name="kl_controller", value=1.0)]
+    released = rollouts(ppo("released", kl_target=0.02, kl_horizon=40, controls=both))
+    assert released[0]["objective/kl_coef"] == 0.5 != released[1]["objective/kl_coef"]
+
+
+def test_without_a_target_the_controller_s_handles_say_why_they_are_grey(ppo):
+    place = ppo(max_steps=1, controls=[SetCoefficient(name="kl_target", value=3.0)])
+    coefficients = fold(place).coefficients
+    for name in ("kl_target", "kl_controller"):
+        assert "start it with kl_target" in coefficients[name].unavailable_reason
+    (refused,) = [e for e in place.events() if e.kind == "control_refused"]
+    assert "start it with kl_target" in refused.reason
+
+
+# --- references -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_reference_no_kl_is_claimed_and_kl_coef_says_why_it_is_grey(ppo):
+    place = ppo(reference="none")
+    folded = fold(place)
+    assert not folded.started.has_reference
+    assert not {name for row in folded.rows for name in row.values} & {"kl/policy_reference", "objective/kl_coef"}
+    assert "reference=none" in folded.coefficients["kl_coef"].unavailable_reason
+    for row in rollouts(place):
+        assert row["reward/mean"] == pytest.approx(row["reward/score"])
+
+
+def test_a_reference_that_follows_is_nearer_than_one_that_stays(ppo):
+    stays, follows = ppo("stays", kl_coef=0.0), ppo("follows", kl_coef=0.0, reference="ema", reference_decay=0.5)
+    # Both policies move the same way: at β = 0 the reference is only looked at.
+    assert fold(stays).rows[-2].values["loss"] == fold(follows).rows[-2].values["loss"]
+    assert rollouts(follows)[-1]["kl/policy_reference"] < 0.8 * rollouts(stays)[-1]["kl/policy_reference"]
+
+
+# --- no value model, groups, schedules --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [None, LoRA(r=4)])
+@pytest.mark.parametrize("group", [1, 2])
+def test_without_a_value_model_it_trains_and_claims_no_values(ppo, adapter, group):
+    place = ppo(value_model="none", samples_per_prompt=group, adapter=adapter)
+    names = {name for row in fold(place).rows for name in row.values}
+    assert not {name for name in names if name.startswith("value/") or name == "loss/value"}
+    assert names <= set(GLOSSARY)
+    assert fold(place).rows[0].values["reward/mean"] > 0
+    assert max(row.values.get("optimizer/grad_norm", 0.0) for row in fold(place).rows) > 0
+
+
+def test_the_advantage_without_a_value_model_is_score_less_group_mean_less_the_kl_to_come():
+    from types import SimpleNamespace
+
+    from rlhf_nb.training.online import Rollout
+
+    mask = torch.tensor([[True, True], [True, False]])
+    behavior, reference = torch.tensor([[-1.0, -2.0], [-1.0, 0.0]]), torch.tensor([[-1.5, -2.25], [-1.0, 0.0]])
+    rollout = Rollout(
+        tokens_BL=mask, attention_mask_BL=mask, mask_BT=mask, behavior_logprobs_BT=behavior,
+        reference_logprobs_BT=reference, values_BT=torch.zeros(2, 2), score_B=torch.tensor([3.0, 1.0]), gold_B=None,
+        ended_B=torch.tensor([True, True]), temperature=1.0,
+    )  # fmt: skip
+    method = PPO(kl_coef=0.2, value_model="none", samples_per_prompt=2, whiten_advantages=False)
+    credit = method.credit(rollout, SimpleNamespace(**method.start_values()))
+    # k1 = 0.5 and 0.25; the group's mean is 2: 1 − 0.2·(0.5 + 0.25) = 0.85, 1 − 0.2·0.25 = 0.95, and −1.
+    torch.testing.assert_close(credit.advantages_BT, torch.tensor([[0.85, 0.95], [-1.0, 0.0]]))
+    # What is optimised is reported without the baseline.
+    torch.testing.assert_close(credit.total_B, torch.tensor([3.0 - 0.15, 1.0]))
+
+
+def test_a_rollout_holds_so_many_completions_of_each_prompt(ppo):
+    seen = ppo.job.root / "seen"
+    source = (
+        "def note(prompts, completions):\n"
+        f"    with open({str(seen)!r}, 'a') as f:\n        f.write('|'.join(prompts) + '\\n')\n"
+        "    return [float(i) for i in range(len(prompts))]"
+    )
+    ppo(reward=FunctionReward(name="note", source=source), samples_per_prompt=2, max_steps=8)
+    first, second = (line.split("|") for line in seen.read_text().splitlines())
+    assert first[0] == first[1] != first[2] == first[3]
+    assert not set(first) & set(second)
+
+
+def test_the_temperature_falls_along_its_schedule_and_the_policy_gets_surer(ppo):
+    rows = rollouts(ppo(temperature=1.0, temperature_end=0.2, learning_rate=0.0))
+    assert [row["objective/temperature"] for row in rows] == pytest.approx([1.0, 0.8, 0.6, 0.4])
+    entropies = [row["policy/entropy"] for row in rows]
+    assert entropies == sorted(entropies, reverse=True)
+
+
+def test_scores_are_normalised_by_all_that_were_seen(ppo):
+    plain, normal = ppo("plain", learning_rate=0.0, kl_coef=0.0), ppo("normal", learning_rate=0.0, kl_coef=0.0, score_normalisation="running")
+    (a, *_), (b, *_) = rollouts(plain), rollouts(normal)
+    assert a["reward/score"] == b["reward/score"], "the raw score is what is logged"
+    assert b["reward/mean"] == pytest.approx(0, abs=1e-6), "the first rollout's scores are shifted by their own mean"
+
+
+def test_a_run_ends_with_its_model_once_the_score_is_reached(ppo):
+    place = ppo(stop_at_score=0.0)
+    assert any(e.kind == "notice" and e.code == "score_reached" for e in place.events())
+    assert fold(place).outcome == "finished" and (place.model / "model.safetensors").exists()
+    assert max(fold(place).step, 0) == 0
+
+
+def test_kl_in_the_loss_is_logged_and_weighed(ppo):
+    place = ppo(kl_in="loss", value_model="none")
+    for event in place.events():
+        if event.kind == "metric" and "loss" in event.values:
+            values = event.values
+            assert values["loss"] == pytest.approx(values["loss/policy"] + 0.2 * values["loss/kl"], abs=1e-6)
+    assert all(row["reward/mean"] == pytest.approx(row["reward/score"]) for row in rollouts(place))
+
+
+# --- resuming, and what is refused ------------------------------------------------------------------------------------
+
+
+def test_a_run_with_all_of_it_resumes_to_the_bit(ppo):
+    knobs = {
+        "kl_target": 0.02, "kl_horizon": 40, "reference": "ema", "score_normalisation": "running", "temperature_end": 0.5,
+        "samples_per_prompt": 2, "checkpoint_every": 4,
+    }  # fmt: skip
+    whole = ppo("whole", **knobs)
+    again = ppo("again", **knobs)
+    ppo.job.run(again, attempt=2, resume_from=checkpoints.directory(again.path, 8))
+    (resumed,) = [e for e in again.events() if e.kind == "resumed"]
+    assert resumed.from_step == 8
+
+    def numbers(place) -> list[dict[str, float]]:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in fold(place).table()]
+
+    assert numbers(again) == numbers(whole) and all(math.isfinite(v) for row in numbers(whole) for v in row.values())
+    a, b = (load_file(place.model / "model.safetensors") for place in (again, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "spec", "says"),
+    [
+        ({"kl_in": "loss", "kl_estimator": "k1"}, {}, "no penalty at all"),
+        ({"kl_in": "loss", "kl_estimator": "k3"}, {}, "forward KL"),
+        ({"kl_in": "reward", "kl_estimator": "k3"}, {}, "use kl_estimator=k1"),
+        ({"samples_per_prompt": 3}, {}, "whole groups of samples_per_prompt=3"),
+        ({"reference": "none", "kl_target": 3.0}, {}, "kl_target=3 needs a reference"),
+        ({"reference": "ema"}, {"adapter": LoRA()}, "reference=ema averages whole models"),
+        ({"value_model": "none", "gamma": 0.9}, {}, "gamma=0.9 discounts towards a value model"),
+    ],
+)
+def test_what_does_not_lead_where_it_should_is_refused_with_the_reason(knobs, spec, says):
+    with pytest.raises(SpecError, match=says) as caught:
+        PPO.create(**knobs).check(RunSpec(run_id="r", workspace_id="w", method="ppo", config={}, created=0.0, **spec))
+    assert "\n" not in str(caught.value)
