@@ -238,14 +238,18 @@ class PPO(Method):
                 f"samples_per_prompt={self.samples_per_prompt}; use a multiple of it"
             )
         if self.reference == "none" and self.kl_target is not None:
-            raise SpecError(f"ppo: kl_target={self.kl_target:g} needs a reference to measure KL to; use reference=frozen")
+            raise SpecError(
+                f"ppo: kl_target={self.kl_target:g} needs a reference to measure KL to; use reference=frozen"
+            )
         if self.reference == "ema" and spec.adapter is not None:
             raise SpecError(
                 "ppo: reference=ema averages whole models, and an adapter's reference is the policy with it off; "
                 "use reference=frozen, or no adapter"
             )
         if self.value_model == "none" and self.gamma < 1:
-            raise SpecError(f"ppo: gamma={self.gamma:g} discounts towards a value model; use gamma=1 or value_model=own")
+            raise SpecError(
+                f"ppo: gamma={self.gamma:g} discounts towards a value model; use gamma=1 or value_model=own"
+            )
         if self.batch_size < spec.launch.num_processes:
             raise SpecError(
                 f"ppo: batch_size={self.batch_size} leaves some of {spec.launch.num_processes} ranks without a "
@@ -293,7 +297,9 @@ class PPO(Method):
                 score_B = group_advantages(groups_PG, scale="none").view(-1)
                 rewards_BT = token_rewards(score_B, kl_BT, mask_BT, kl_coef=kl_coef)
             returns_BT = returns_to_go(rewards_BT, mask_BT)
-            return Credit(total_B, masked_whiten(returns_BT, mask_BT) if self.whiten_advantages else returns_BT, returns_BT)
+            return Credit(
+                total_B, masked_whiten(returns_BT, mask_BT) if self.whiten_advantages else returns_BT, returns_BT
+            )
         if self.whiten_rewards:
             rewards_BT = masked_whiten(rewards_BT, mask_BT, shift_mean=False)
         advantages_BT, returns_BT = gae(rewards_BT, rollout.values_BT, mask_BT, gamma=self.gamma, lam=self.lam)

@@ -123,6 +123,7 @@ class Reference:
     @torch.no_grad()
     def follow(self, policy: Any, decay: float) -> None:
         """Move towards the policy: an exponential moving average of its weights."""
+        assert self._frozen is not None, "a moving reference is a copy of its own"
         for mine, theirs in zip(self._frozen.parameters(), policy.parameters(), strict=True):
             mine.lerp_(theirs.detach(), 1 - decay)
 

@@ -42,7 +42,7 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
             torch.save(trainer.optimizer.state_dict(), scratch / "optimizer.pt")
             if trainer.method.reference == "ema":
                 save_file({n: p.detach().cpu() for n, p in trainer.reference.state().items()}, scratch / REFERENCE)
-            counters = {"step": step, "rollouts": trainer.rollouts, "said_cut": trainer._said_cut}
+            counters: dict[str, Any] = {"step": step, "rollouts": trainer.rollouts, "said_cut": trainer._said_cut}
             counters |= {"live": vars(trainer.live), "moments": trainer.moments.state()}
             (scratch / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
     distributed.barrier()

@@ -70,17 +70,20 @@ class SampleTable:
         temperature = trainer.live.temperature
         completions = self._sample(trainer.sampler, ids, POLICY_STREAM + trainer.step, temperature)
         now = self._say(rows, completions)
-        before = self._before(rows, ids, temperature)
-        kl = self._kl(ids, completions, temperature)
+        before: Sequence[_Said | None] = [None] * len(rows)
+        kl: Sequence[float | None] = [None] * len(rows)
+        if trainer.method.has_reference:
+            before = self._before(rows, ids, temperature)
+            kl = self._kl(ids, completions, temperature)
         return [
             SampleItem(
                 prompt=prompt_text(prompt),
                 completion=said.text,
-                reference_completion=old.text,
+                reference_completion=old.text if old else None,
                 score=said.score,
-                reference_score=old.score,
+                reference_score=old.score if old else None,
                 gold=said.gold,
-                reference_gold=old.gold,
+                reference_gold=old.gold if old else None,
                 length=said.length,
                 kl=nats,
             )
@@ -109,8 +112,10 @@ class SampleTable:
         return [_Said(text, lengths[i], scores[i], golds[i] if golds else None) for i, text in enumerate(texts)]
 
     def _before(self, rows: Sequence[dict[str, Any]], ids: list[list[int]], temperature: float) -> list[_Said]:
-        """The reference does not change: each prompt is asked once."""
+        """A reference that does not change is asked once for each prompt."""
         trainer = self.trainer
+        if trainer.method.reference == "ema":
+            self._reference_said.clear()
         keys = [(repr(row["prompt"]), temperature) for row in rows]
         new = [i for i, key in enumerate(keys) if key not in self._reference_said]
         if new:
@@ -127,4 +132,5 @@ class SampleTable:
         tokens_BL: Tensor = torch.cat([tokens_BP, completions.tokens_BT], 1)
         seen_BL = torch.cat([seen_BP, completions.mask_BT], 1)
         theirs_BT = trainer.reference.logprobs(tokens_BL, seen_BL, completions.mask_BT, temperature=temperature)
+        assert theirs_BT is not None
         return masked_sum(completions.behavior_logprobs_BT - theirs_BT, completions.mask_BT, 1).tolist()

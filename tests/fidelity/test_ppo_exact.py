@@ -188,7 +188,9 @@ def test_it_moves_to_the_gibbs_policy_of_the_reward_that_its_docstring_names(wor
 
 
 @pytest.mark.parametrize(("T", "least", "most"), [(1, 0.0, SHARE), (2, 2 * SHARE, 0.05)])
-def test_a_token_entropy_bonus_leads_to_the_optimum_of_the_sequence_bonus_only_for_one_token(make_world, T, least, most):
+def test_a_token_entropy_bonus_leads_to_the_optimum_of_the_sequence_bonus_only_for_one_token(
+    make_world, T, least, most
+):
     """A bonus c on the entropy of whole completions moves the optimum to ∝ π_ref^{β/(β+c)}·exp(r/(β+c))."""
     world, beta, bonus = make_world(T=T), 0.25, 0.05
     policy, plain, reference = optimise(ppo(beta, entropy_coef=bonus), world)

@@ -17,7 +17,9 @@ def test_worked_example():
     assert adapted_kl_coef(0.2, 6.6, target=6.0, completions=100, horizon=1000) == pytest.approx(0.202)
 
 
-@pytest.mark.parametrize(("kl", "factor"), [(1e9, 1.02), (float("inf"), 1.02), (float("nan"), 1.02), (0.0, 0.98), (-5.0, 0.98)])
+@pytest.mark.parametrize(
+    ("kl", "factor"), [(1e9, 1.02), (float("inf"), 1.02), (float("nan"), 1.02), (0.0, 0.98), (-5.0, 0.98)]
+)
 def test_an_error_counts_for_a_fifth_at_most(kl, factor):
     assert adapted_kl_coef(1.0, kl, target=6.0, completions=100, horizon=1000) == pytest.approx(factor)
 

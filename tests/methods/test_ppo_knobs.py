@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def test_the_controller_moves_kl_coef_by_its_formula_and_the_run_says_what_it_us
     place = ppo(kl_target=0.02, kl_horizon=40)
     rows = rollouts(place)
     assert len(rows) == 4 and rows[0]["objective/kl_coef"] == 0.2
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         expected = adapted_kl_coef(
             before["objective/kl_coef"], before["kl/policy_reference"], target=0.02, completions=4, horizon=40
         )
@@ -95,7 +96,9 @@ def test_without_a_target_the_controller_s_handles_say_why_they_are_grey(ppo):
 
 
 def test_without_a_reference_no_kl_is_claimed_and_kl_coef_says_why_it_is_grey(ppo):
-    place = ppo(reference="none")
+    place = ppo(reference="none", sample_every=8)
+    assert all(i.kl is None and i.reference_completion is None for e in fold(place).samples for i in e.items)
+    assert len(fold(place).samples) == 2
     folded = fold(place)
     assert not folded.started.has_reference
     assert not {name for row in folded.rows for name in row.values} & {"kl/policy_reference", "objective/kl_coef"}
@@ -166,7 +169,10 @@ def test_the_temperature_falls_along_its_schedule_and_the_policy_gets_surer(ppo)
 
 
 def test_scores_are_normalised_by_all_that_were_seen(ppo):
-    plain, normal = ppo("plain", learning_rate=0.0, kl_coef=0.0), ppo("normal", learning_rate=0.0, kl_coef=0.0, score_normalisation="running")
+    plain, normal = (
+        ppo("plain", learning_rate=0.0, kl_coef=0.0),
+        ppo("normal", learning_rate=0.0, kl_coef=0.0, score_normalisation="running"),
+    )
     (a, *_), (b, *_) = rollouts(plain), rollouts(normal)
     assert a["reward/score"] == b["reward/score"], "the raw score is what is logged"
     assert b["reward/mean"] == pytest.approx(0, abs=1e-6), "the first rollout's scores are shifted by their own mean"
@@ -193,8 +199,8 @@ def test_kl_in_the_loss_is_logged_and_weighed(ppo):
 
 def test_a_run_with_all_of_it_resumes_to_the_bit(ppo):
     knobs = {
-        "kl_target": 0.02, "kl_horizon": 40, "reference": "ema", "score_normalisation": "running", "temperature_end": 0.5,
-        "samples_per_prompt": 2, "checkpoint_every": 4,
+        "kl_target": 0.02, "kl_horizon": 40, "reference": "ema", "score_normalisation": "running",
+        "temperature_end": 0.5, "samples_per_prompt": 2, "checkpoint_every": 4, "sample_every": 4,
     }  # fmt: skip
     whole = ppo("whole", **knobs)
     again = ppo("again", **knobs)
