@@ -51,6 +51,79 @@ def dpo_loss(
     return -(1 - label_smoothing) * functional.logsigmoid(margin_B) - label_smoothing * functional.logsigmoid(-margin_B)
 
 
+def kto_loss(
+    log_ratios_B: Tensor,
+    labels_B: Tensor,
+    reference_point: Tensor,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Each row's loss under thumbs up and down.
+
+    Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8: λ_D·(1 − σ(β(h − z₀))) for a thumb up, λ_U·(1 − σ(β(z₀ − h))) for a
+    thumb down, h = log π(y|x) − log π_ref(y|x). TRL: `loss_type="kto"`.
+
+    Args:
+        log_ratios_B: (B,) h, nats.
+        labels_B: (B,) bool, True is a thumb up.
+        reference_point: z₀ ≥ 0, nats; no gradient flows through it.
+        beta: Anchor to the reference, > 0.
+
+    Returns:
+        (B,) in [0, λ]. λ/2 where h = z₀.
+
+    Raises:
+        ShapeError: The shapes differ.
+    """
+    if log_ratios_B.shape != labels_B.shape:
+        raise ShapeError(f"log-ratios have shape {tuple(log_ratios_B.shape)}, labels {tuple(labels_B.shape)}")
+    gain_B = beta * (log_ratios_B - reference_point)
+    up_B = desirable_weight * torch.sigmoid(-gain_B)
+    down_B = undesirable_weight * torch.sigmoid(gain_B)
+    return torch.where(labels_B, up_B, down_B)
+
+
+def orpo_loss(chosen_mean_B: Tensor, rejected_mean_B: Tensor, *, beta: float) -> Tensor:
+    """The odds-ratio term of ORPO; the likelihood term −chosen_mean stands beside it.
+
+    Hong et al. 2024, arXiv:2403.07691, eq. 7: −λ·log σ(log odds(y_w) − log odds(y_l)), odds p = p/(1 − p).
+
+    Args:
+        chosen_mean_B, rejected_mean_B: (B,) log-probabilities averaged over tokens, < 0, nats a token.
+        beta: λ, weight of the term.
+
+    Returns:
+        (B,) ≥ 0, nats. beta·log 2 for equal sides.
+    """
+
+    def log_odds(mean_B: Tensor) -> Tensor:
+        return mean_B - torch.log1p(-mean_B.exp())
+
+    return -beta * torch.nn.functional.logsigmoid(log_odds(chosen_mean_B) - log_odds(rejected_mean_B))
+
+
+def simpo_loss(
+    chosen_mean_B: Tensor, rejected_mean_B: Tensor, *, beta: float, gamma: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """−log σ(β·(mean log π(y_w) − mean log π(y_l)) − γ), smoothed where labels are believed flipped.
+
+    Meng et al. 2024, arXiv:2405.14734, eq. 6. TRL: CPOTrainer, `loss_type="simpo"`, `cpo_alpha=0`.
+
+    Args:
+        chosen_mean_B, rejected_mean_B: (B,) log-probabilities averaged over tokens, nats a token.
+        beta: Scale, tokens a nat.
+        gamma: Margin asked for.
+
+    Returns:
+        (B,) nats; log 2 where the margin is exactly gamma.
+    """
+    logit_B = beta * (chosen_mean_B - rejected_mean_B) - gamma
+    right, flipped = torch.nn.functional.logsigmoid(logit_B), torch.nn.functional.logsigmoid(-logit_B)
+    return -(1 - label_smoothing) * right - label_smoothing * flipped
+
+
 def bradley_terry_loss(
     chosen_scores_B: Tensor, rejected_scores_B: Tensor, *, margins_B: Tensor | None = None
 ) -> Tensor:

@@ -82,10 +82,15 @@ def resolve_model(workspace: Workspace, value: Any, *, verb: str, role: str) -> 
     raise NotFoundError(f'{verb}: {role} "{value}" does not exist in this workspace{hint}  %rlhf models lists them.')
 
 
+SERVES = {("pairs", "thumbs"), ("rankings", "pairs")}
+"""Kinds of rows that hold all that another kind asks for. Demonstrations out of pairs are asked for, not assumed."""
+
+
 def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> DataRef:
     """A Dataset, a name or loose rows as a data reference of the kind the method trains on.
 
-    A method that needs prompts takes the distinct prompts of any kind of rows.
+    A method that needs prompts takes the distinct prompts of any kind of rows; pairs serve as thumbs and rankings as
+    pairs.
 
     Raises:
         DataError: Rows of another kind; the message names what is needed.
@@ -112,6 +117,11 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> D
             distinct.setdefault(repr(row["prompt"]), {"prompt": row["prompt"]})
         return workspace.keep_rows(list(distinct.values()), "prompts", getattr(dataset, "name", str(value)))
     name = getattr(dataset, "name", None) or getattr(reference, "name", "")
+    if (kind, rows) in SERVES:
+        from rlhf_nb.data.conversions import convert
+
+        source = (dataset if dataset is not None else workspace.dataset(str(name))).rows
+        return workspace.keep_rows(convert(source, kind, rows)[0], rows, f"{name} as {rows}")
     raise DataError(f'{verb}: data "{name}" holds {kind}, and {verb} trains on {rows}; %rlhf data lists what there is')
 
 

@@ -92,6 +92,13 @@ def for_trl(rows: Iterable[Mapping[str, Any]], kind: str, tokenizer: Any) -> lis
     return result
 
 
+def shuffled(rows: list[Row], seed: int) -> list[Row]:
+    """The rows in an order that depends on their number and the seed alone."""
+    import numpy as np
+
+    return [rows[index] for index in np.random.default_rng([seed, len(rows)]).permutation(len(rows))]
+
+
 def prompt_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
     """Tokens of a prompt up to where the completion begins."""
     shaped = as_messages(prompt, tokenizer)

@@ -34,6 +34,8 @@ def preload() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Its warning that a trainer may vanish is for whoever pins the version, and that is us.
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     for module in ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors.torch"):
         importlib.import_module(module)
     for name in registry.methods.names():

@@ -5,13 +5,22 @@ import sys
 
 from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 settings = json.loads(sys.argv[1])
-TRAINERS = {"sft": (SFTTrainer, SFTConfig), "reward": (RewardTrainer, RewardConfig), "dpo": (DPOTrainer, DPOConfig)}
+TRAINERS = {
+    "sft": (SFTTrainer, SFTConfig, {}),
+    "reward": (RewardTrainer, RewardConfig, {}),
+    "dpo": (DPOTrainer, DPOConfig, {}),
+    "kto": (KTOTrainer, KTOConfig, {}),
+    "orpo": (ORPOTrainer, ORPOConfig, {}),
+    "simpo": (CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0}),
+}
 logs = {}
 for name, rows in settings["rows"].items():
-    trainer_class, config_class = TRAINERS[name]
+    trainer_class, config_class, more = TRAINERS[name]
     set_seed(settings["seed"])
     trainer = trainer_class(
         model=settings["model"],
@@ -32,6 +41,7 @@ for name, rows in settings["rows"].items():
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
+            **more,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(settings["model"]),

@@ -11,13 +11,21 @@ from pathlib import Path
 import pytest
 
 from rlhf_nb.protocol.spec import FunctionReward
-from rlhf_nb.toy import demonstrations, pairs
+from rlhf_nb.toy import demonstrations, pairs, thumbs
+from rlhf_nb.training.data import shuffled
 
 KNOBS = {
     "max_steps": 6, "batch_size": 4, "learning_rate": 2e-3, "lr_scheduler": "cosine", "warmup_steps": 1,
     "weight_decay": 0.1, "max_length": 200, "seed": 3,
 }  # fmt: skip
-ROWS = {"sft": demonstrations(20), "reward": pairs(20), "dpo": pairs(20)}
+ROWS = {
+    "sft": demonstrations(20),
+    "reward": pairs(20),
+    "dpo": pairs(20),
+    "kto": thumbs(24),
+    "orpo": pairs(20),
+    "simpo": pairs(20),
+}
 SAMPLING = {"sample_every": 2, "sample_tokens": 8}
 NAMES = {
     "loss": "loss",
@@ -47,9 +55,14 @@ def as_chat() -> dict[str, list[dict]]:
         return [{"role": role, "content": text}]
 
     def row(row: dict) -> dict:
-        return {k: messages("user" if k == "prompt" else "assistant", v) for k, v in row.items()}
+        return {
+            k: messages("user" if k == "prompt" else "assistant", v) if isinstance(v, str) else v
+            for k, v in row.items()
+        }
 
-    return {method: [row(r) for r in rows] for method, rows in ROWS.items()}
+    # TRL's KTO reads in order; ours shuffles once before.
+    given = {**ROWS, "kto": shuffled(ROWS["kto"], KNOBS["seed"])}
+    return {method: [row(r) for r in rows] for method, rows in given.items()}
 
 
 OURS = """
