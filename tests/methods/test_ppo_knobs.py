@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,3 +237,39 @@ def test_what_does_not_lead_where_it_should_is_refused_with_the_reason(knobs, sp
     with pytest.raises(SpecError, match=says) as caught:
         PPO.create(**knobs).check(RunSpec(run_id="r", workspace_id="w", method="ppo", config={}, created=0.0, **spec))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_killed_twenty_times_in_every_phase_equals_one_that_never_was(ppo):
+    knobs = {"max_steps": 160, "checkpoint_every": 1, "kl_target": 0.5, "kl_horizon": 400, "learning_rate": 1e-3}
+    whole = ppo("whole", **knobs)
+    place = ppo("killed", prepare=True, **knobs)
+    each = 5
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("killer.py")), str(place.path), str(each), "7"],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (
+        said["status"] == 0
+        and said["deaths"] >= 20
+        and all(said["hit"][phase] >= each for phase in ("rollout", "scoring", "update"))
+    )
+    assert said["hit"]["checkpoint"] >= each
+
+    def numbers(rows) -> list[dict[str, float]]:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+    assert numbers(fold(place).table()) == numbers(fold(whole).table())
+    # What was superseded had said the same: the dead attempts were on the very same path.
+    once: dict[tuple, dict[str, float]] = {}
+    for event in place.events():
+        if event.kind == "metric":
+            (said_now,) = numbers([event.values])
+            if said_now:
+                assert once.setdefault((event.step, event.rollout, *said_now), said_now) == said_now
+    assert [event.seq for event in place.events()] == list(range(1, len(place.events()) + 1))
+    a, b = (load_file(each.model / "model.safetensors") for each in (place, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
