@@ -1,7 +1,7 @@
 """Runs one PPO job to its end through many deaths by SIGKILL, each at a seeded moment of a chosen phase.
 
-Every attempt is a fork of this process, which has imported everything and started no thread: a death costs a second,
-not ten. What the deaths hit is written by the dying process itself into memory that outlives it. Prints one JSON object.
+Every attempt is a fork of this process, which has imported everything and started no thread: a death costs a second
+and not ten. What a death hits, the dying process itself writes into memory that outlives it. Prints one JSON object.
 """
 
 from __future__ import annotations
