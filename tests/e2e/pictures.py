@@ -1,4 +1,4 @@
-"""The README's pictures, taken of the real thing: `make screenshots`."""
+"""The README's pictures, taken of the real thing: `make screenshots`. more/ holds further states, in both themes."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def take(page: Any, name: str, cell: int, folder: Path, pad: int = 8) -> None:
     box = page.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell").nth(cell).bounding_box()
     clip = {"x": max(0, box["x"] - pad), "y": max(0, box["y"] - pad)}
     clip |= {"width": box["width"] + 2 * pad, "height": box["height"] + 2 * pad}
-    folder.mkdir(parents=True, exist_ok=True)
-    page.page.screenshot(path=str(folder / f"{name}.png"), clip=clip)
+    path = folder / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.page.screenshot(path=str(path), clip=clip)
 
 
 def test_pictures(lab, new_page, end_runs, wait_for):
@@ -87,15 +88,15 @@ def test_pictures(lab, new_page, end_runs, wait_for):
     wait_for(lambda: step() >= 130, "a hundred and thirty steps", 400)
     take(page, "tether", 2, folder)
     wait_for(lambda: kinds("finished"), "the run ends", 400)
-    take(page, "finished", 2, folder)
+    take(page, "more/finished", 2, folder)
     for tab in ("Curves", "Samples", "Log"):
         panel.locator(".rlhf-tab", has_text=tab).click()
-        take(page, tab.lower(), 2, folder)
+        take(page, tab.lower() if tab != "Log" else "more/log", 2, folder)
     panel.locator(".rlhf-tab", has_text="Tether").click()
     calm(page, "JupyterLab Dark")
-    take(page, "tether-dark", 2, folder)
+    take(page, "more/tether-dark", 2, folder)
     panel.locator(".rlhf-tab", has_text="Curves").click()
-    take(page, "curves-dark", 2, folder)
+    take(page, "more/curves-dark", 2, folder)
     calm(page)
     page.run_cell(3)
     view = page.page.locator(".rlhf-labeller").last
@@ -106,8 +107,8 @@ def test_pictures(lab, new_page, end_runs, wait_for):
         wait_for(lambda before=before: view.get_attribute("data-done") != before, "answered")
     take(page, "labeller", 3, folder)
     calm(page, "JupyterLab Dark")
-    take(page, "labeller-dark", 3, folder)
+    take(page, "more/labeller-dark", 3, folder)
     page.page.set_viewport_size({"width": 860, "height": 1400})
     calm(page)
     panel.locator(".rlhf-tab", has_text="Tether").click()
-    take(page, "tether-narrow", 2, folder)
+    take(page, "more/tether-narrow", 2, folder)
