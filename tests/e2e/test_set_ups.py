@@ -84,8 +84,10 @@ def test_notebook_7_opens_the_panel(start_lab, new_page, end_runs, tmp_path, wai
         page = new_page(lab)
         page.page.goto(f"{lab.url}/notebooks/{lab.notebook('seven.ipynb', cells)}?token=e2e")
         page.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
-        page.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=90_000)
-        page.errors.clear()  # Notebook 7.6 throws one of its own about a settings schema, before anything of ours runs
+        page.page.wait_for_function(
+            "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
+            timeout=90_000,
+        )
         page.page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
         page.page.keyboard.press("Shift+Enter")
         panel = page.page.locator(".rlhf-panel").first
@@ -98,4 +100,5 @@ def test_notebook_7_opens_the_panel(start_lab, new_page, end_runs, tmp_path, wai
         events = workspace / "runs" / "sft-1" / "events.jsonl"
         wait_for(lambda: [e for e in LineTail(events).read() if e["kind"] == "coefficient_changed"], "it steers")
         page.screenshot("notebook-7")
-        page.assert_quiet()
+        # Notebook 7.6 throws this one by itself, now before a cell runs and now after.
+        page.assert_quiet(allowed=("Cannot read properties of undefined (reading 'schema')",))
