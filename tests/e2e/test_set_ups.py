@@ -88,8 +88,7 @@ def test_notebook_7_opens_the_panel(start_lab, new_page, end_runs, tmp_path, wai
             "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
             timeout=90_000,
         )
-        page.page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
-        page.page.keyboard.press("Shift+Enter")
+        page.run_cell(0, wait=False)
         panel = page.page.locator(".rlhf-panel").first
         panel.wait_for(timeout=120_000)
         wait_for(lambda: int(panel.get_attribute("data-rows") or 0) > 5, "the panel holds rows", 120)
