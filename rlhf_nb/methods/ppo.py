@@ -51,6 +51,10 @@ def without_controller(method: PPO) -> str | None:
     return "no controller moves kl_coef in this run; start it with kl_target" if method.kl_target is None else None
 
 
+def without_values(method: PPO) -> str | None:
+    return "value_model=none: there is no value loss" if method.value_model == "none" else None
+
+
 def without_reference(method: PPO) -> str | None:
     return "reference=none: there is no reference to be held to" if method.reference == "none" else None
 
@@ -171,9 +175,22 @@ class PPO(Method):
             "cliprange", low=0.01, high=1.0, scale="log", meaning="How far a step may move a token's odds."
         ),
         LiveCoefficient(
-            "cliprange_value", low=0.01, high=100.0, scale="log", unit="score", meaning="How far a value may move."
+            "cliprange_value",
+            low=0.01,
+            high=100.0,
+            scale="log",
+            unit="score",
+            meaning="How far a value may move.",
+            unavailable_when=without_values,
         ),
-        LiveCoefficient("vf_coef", low=1e-3, high=10.0, scale="log", meaning="Weight of the value loss."),
+        LiveCoefficient(
+            "vf_coef",
+            low=1e-3,
+            high=10.0,
+            scale="log",
+            meaning="Weight of the value loss.",
+            unavailable_when=without_values,
+        ),
         LiveCoefficient(
             "entropy_coef", low=0.0, high=0.1, unit="1/nat", meaning="Bonus on entropy. Higher explores more."
         ),
@@ -245,6 +262,17 @@ class PPO(Method):
             raise SpecError(
                 "ppo: reference=ema averages whole models, and an adapter's reference is the policy with it off; "
                 "use reference=frozen, or no adapter"
+            )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise SpecError("ppo: kl_coef=0 with kl_target: the controller multiplies kl_coef; start with kl_coef > 0")
+        if self.kl_horizon <= 0.2 * self.rollout_batch_size:
+            raise SpecError(
+                f"ppo: kl_horizon={self.kl_horizon} lets one rollout of {self.rollout_batch_size} take kl_coef to 0; "
+                f"use more than {0.2 * self.rollout_batch_size:g}, 10000 is usual"
+            )
+        if self.value_model == "none" and self.whiten_rewards:
+            raise SpecError(
+                "ppo: whiten_rewards scales what a value model learns; with value_model=none use whiten_advantages"
             )
         if self.value_model == "none" and self.gamma < 1:
             raise SpecError(

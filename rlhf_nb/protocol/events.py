@@ -105,6 +105,8 @@ class CoefficientChanged(Event):
     effective_step: int
     who: str = ""
     why: str = ""
+    follows: str = ""
+    """Id of the change that made this one, where nobody asked for it by itself."""
 
 
 class ControlAcknowledged(Event):

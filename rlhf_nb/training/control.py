@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,7 @@ class ControlLoop:
         broadcast: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
         seen: frozenset[str] = frozenset(),
         values: Mapping[str, float] | None = None,
+        replay: Sequence[CoefficientChanged] = (),
     ) -> None:
         """
         Args:
@@ -76,11 +77,14 @@ class ControlLoop:
             broadcast: Given rank 0's list of control dicts, returns the same list on every rank. None for one process.
             seen: Ids of lines that an earlier attempt already acted on.
             values: Of a restarted run: what its coefficients were at the checkpoint, written when they are bound.
+            replay: Of a restarted run: changes that came into force after the checkpoint, in their order. Each is made
+                again at the step that its event names, whoever asked for it and wherever its line stands.
         """
         self._values = dict(values or {})
         self._tail, self._emit, self._broadcast, self._seen = tail, emit, broadcast, set(seen)
         self._bound: dict[str, BoundCoefficient] = {}
         self._waiting: dict[str, SetCoefficient] = {}
+        self._replay = list(replay)
         self.stopping = False
         self.paused = False
         self.checkpoint_requested: list[str] = []
@@ -106,6 +110,7 @@ class ControlLoop:
         if self.paused and not self.stopping:
             with self.around_pause():
                 self._wait(step)
+        self._make_again(step, rollout)
         self._apply(step, rollout)
 
     on_idle: Callable[[], None] | None = None
@@ -181,18 +186,23 @@ class ControlLoop:
             bound = self._bound[name]
             if bound.coefficient.enters == "rollout" and not rollout:
                 continue
-            old = bound.read()
-            bound.write(control.value)
             del self._waiting[name]
-            change = CoefficientChanged(
-                id=control.id,
-                name=name,
-                old=old,
-                new=control.value,
-                effective_step=step,
-                who=control.who,
-                why=control.why,
-            )
-            self._emit(change)
-            if self.on_change is not None:
-                self.on_change(change)
+            self._write(bound, control.value, step, id=control.id, who=control.who, why=control.why)
+
+    def _make_again(self, step: int, rollout: bool) -> None:
+        for change in list(self._replay):
+            bound = self._bound.get(change.name)
+            if change.effective_step > step or (bound and bound.coefficient.enters == "rollout" and not rollout):
+                continue
+            self._replay.remove(change)
+            if bound is not None:
+                self._write(bound, change.new, step, id=change.id, who=change.who, why=change.why)
+
+    def _write(self, bound: BoundCoefficient, value: float, step: int, *, id: str, who: str, why: str) -> None:
+        old = bound.read()
+        bound.write(value)
+        name = bound.coefficient.name
+        change = CoefficientChanged(id=id, name=name, old=old, new=value, effective_step=step, who=who, why=why)
+        self._emit(change)
+        if self.on_change is not None:
+            self.on_change(change)

@@ -17,7 +17,7 @@ from rlhf_nb import registry
 from rlhf_nb.compute.rundir import EventWriter, LineTail, RunDir, storage_errors
 from rlhf_nb.errors import ComputeError, SpecError
 from rlhf_nb.methods.base import Method
-from rlhf_nb.protocol.events import ModelSaved, Resumed, Started, TrainingEnded
+from rlhf_nb.protocol.events import CoefficientChanged, ModelSaved, Resumed, Started, TrainingEnded
 from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import FunctionReward, NamedReward, RunSpec
 from rlhf_nb.training import checkpoints, distributed, models
@@ -128,8 +128,9 @@ def run(
             LineTail(place.control_path) if true_rank == 0 else None,
             emit.event,
             broadcast=distributed.broadcaster(),
-            seen=frozenset([*before.acknowledged, *before.refused]),
+            seen=_acted_on(place, before) if attempt > 1 else frozenset(),
             values=_values_at(method, before, step) if attempt > 1 else None,
+            replay=_changes_after(place, step) if attempt > 1 else (),
         )
         context = _context(
             spec, method, place, emit, control, blobs, runs_root, true_rank, true_world, use_cpu, attempt, resume_from
@@ -152,6 +153,26 @@ def _so_far(place: RunDir, attempt: int) -> RunFold:
         for event in place.events():
             fold.add(event)
     return fold
+
+
+def _acted_on(place: RunDir, before: RunFold) -> frozenset[str]:
+    """Control lines that an earlier attempt is done with. A set that was read and not yet in force is read again."""
+    events = place.events()
+    made = {event.id for event in events if event.kind == "coefficient_changed"}
+    pending = {event.id for event in events if event.kind == "control_acknowledged" and event.op == "set"} - made
+    return frozenset([*before.acknowledged, *before.refused]) - pending
+
+
+def _changes_after(place: RunDir, step: int) -> list[CoefficientChanged]:
+    """Changes that people asked for and that came into force after a step, each once, in their order.
+
+    From the log itself: the fold drops them at every restart, and a second death may come before they are made again.
+    """
+    found: dict[str, CoefficientChanged] = {}
+    for event in place.events():
+        if isinstance(event, CoefficientChanged) and event.effective_step > step and not event.follows:
+            found.setdefault(event.id, event)
+    return sorted(found.values(), key=lambda change: (change.effective_step, change.seq))
 
 
 def _values_at(method: Method, before: RunFold, step: int) -> dict[str, float]:

@@ -269,6 +269,7 @@ class OnlineTrainer:
                     effective_step=change.effective_step,
                     who=change.who,
                     why="kl_coef was set by hand; kl_controller=1 releases it",
+                    follows=change.id,
                 )
             )
 

@@ -129,6 +129,8 @@ def test_without_a_value_model_it_trains_and_claims_no_values(ppo, adapter, grou
     names = {name for row in fold(place).rows for name in row.values}
     assert not {name for name in names if name.startswith("value/") or name == "loss/value"}
     assert names <= set(GLOSSARY)
+    for name in ("vf_coef", "cliprange_value"):
+        assert "value_model=none" in fold(place).coefficients[name].unavailable_reason
     assert fold(place).rows[0].values["reward/mean"] > 0
     assert max(row.values.get("optimizer/grad_norm", 0.0) for row in fold(place).rows) > 0
 
@@ -230,6 +232,9 @@ def test_a_run_with_all_of_it_resumes_to_the_bit(ppo):
         ({"samples_per_prompt": 3}, {}, "whole groups of samples_per_prompt=3"),
         ({"reference": "none", "kl_target": 3.0}, {}, "kl_target=3 needs a reference"),
         ({"reference": "ema"}, {"adapter": LoRA()}, "reference=ema averages whole models"),
+        ({"kl_target": 3.0, "kl_coef": 0.0}, {}, "start with kl_coef > 0"),
+        ({"kl_target": 3.0, "kl_horizon": 12}, {}, "kl_horizon=12 lets one rollout of 64 take kl_coef to 0"),
+        ({"value_model": "none", "whiten_rewards": True}, {}, "use whiten_advantages"),
         ({"value_model": "none", "gamma": 0.9}, {}, "gamma=0.9 discounts towards a value model"),
     ],
 )
@@ -237,6 +242,43 @@ def test_what_does_not_lead_where_it_should_is_refused_with_the_reason(knobs, sp
     with pytest.raises(SpecError, match=says) as caught:
         PPO.create(**knobs).check(RunSpec(run_id="r", workspace_id="w", method="ppo", config={}, created=0.0, **spec))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("resumes", [[4], [8, 4], [4, 8]])
+def test_what_was_moved_after_the_checkpoint_is_moved_again_at_its_step(ppo, resumes):
+    knobs = {"kl_target": 0.5, "kl_horizon": 400, "checkpoint_every": 4, "max_steps": 24}
+    sets = [SetCoefficient(name="kl_coef", value=0.7, who="mira"), SetCoefficient(name="cliprange", value=0.4)]
+
+    def moved(name: str):
+        """The lines arrive while the third rollout is scored: cliprange counts from step 10, kl_coef from step 13."""
+        path = ppo.job.root / name / "control.jsonl"
+        lines = "".join(control.model_dump_json() + "\n" for control in sets)
+        body = LETTERS.source.split("\n", 1)[1]
+        source = (
+            "def sends(prompts, completions):\n    import os\n"
+            f"    mark = {str(path)!r} + '.calls'\n"
+            "    with open(mark, 'a') as calls:\n        calls.write('x')\n"
+            f"    if os.path.getsize(mark) == 3:\n        with open({str(path)!r}, 'a') as handle:\n"
+            f"            handle.write({lines!r})\n{body}"
+        )
+        return ppo(name, reward=FunctionReward(name="sends", source=source), **knobs)
+
+    whole, again = moved("whole"), moved("again")
+    steps = {e.name: e.effective_step for e in fold(whole).changes}
+    assert steps == {"cliprange": 10, "kl_coef": 13, "kl_controller": 13}
+    for attempt, step in enumerate(resumes, 2):
+        ppo.job.run(again, attempt=attempt, resume_from=checkpoints.directory(again.path, step))
+
+    def numbers(place) -> list[dict[str, float]]:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in fold(place).table()]
+
+    assert numbers(again) == numbers(whole)
+    assert [(e.id, e.name, e.old, e.new, e.effective_step, e.who) for e in fold(again).changes if not e.follows] == [
+        (control.id, control.name, *values, steps[control.name], control.who)
+        for control, values in zip(sets[::-1], ((0.2, 0.4), (fold(whole).changes[1].old, 0.7)), strict=True)
+    ]
+    a, b = (load_file(place.model / "model.safetensors") for place in (again, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_run_killed_twenty_times_in_every_phase_equals_one_that_never_was(ppo):
