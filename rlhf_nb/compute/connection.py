@@ -19,6 +19,8 @@ TARGET = "rlhf_nb.agent"
 WIRE = 1
 """Version of the messages between client and agent; both sides must speak the same."""
 
+SUBSHELL_TRIES = 20
+
 OnData = Callable[[dict[str, Any], bytes], None]
 
 
@@ -40,7 +42,7 @@ class Connection:
         self._waiting: dict[str, Future[Any]] = {}
         self._hello = threading.Event()
         self._wire: int | None = None
-        self._subshell: str | None = None
+        self.subshell: str | None = None
         self._comm = uuid.uuid4().hex
         self._lost: str | None = None
         self._closed = False
@@ -60,7 +62,7 @@ class Connection:
         features = said.get("supported_features") or []
         if "kernel subshells" in features:
             # While a cell runs, the main shell answers when it ends; a subshell answers at once.
-            self._subshell = self._ask("create_subshell_request", {}, deadline, channel="control").get("subshell_id")
+            self.subshell = self._new_subshell(deadline)
         arguments = ", ".join(f"{name}={value!r}" for name, value in setup.items())
         code = (
             "import rlhf_nb.compute.agent as _agent\n"
@@ -68,7 +70,7 @@ class Connection:
             "del _agent"
         )
         execute = {"code": code, "silent": True, "store_history": False, "allow_stdin": False, "stop_on_error": False}
-        done = self._ask("execute_request", execute, deadline, subshell=self._subshell)
+        done = self._ask("execute_request", execute, deadline, subshell=self.subshell)
         if done.get("status") != "ok":
             raise self._setup_error(done)
         while not self._hello.is_set():
@@ -85,6 +87,19 @@ class Connection:
                 f"attach {self._launcher.name}: its rlhf_nb speaks version {self._wire}, this one {WIRE}; "
                 "install the same version on both sides"
             )
+
+    def _new_subshell(self, deadline: float) -> str | None:
+        """A subshell's id; None where the kernel promises subshells and makes none.
+
+        ipykernel 7 reads the control channel a moment before it can make one: a request in that moment gets no answer
+        or an error. It is sent again; a subshell too many is an idle thread.
+        """
+        for _ in range(SUBSHELL_TRIES):
+            said = self._ask("create_subshell_request", {}, deadline, again_s=1.0, channel="control")
+            if made := said.get("subshell_id"):
+                return str(made)
+            time.sleep(0.1)
+        return None
 
     def _setup_error(self, reply: dict[str, Any]) -> RlhfError:
         name, value = reply.get("ename", "Error"), reply.get("evalue", "")
@@ -151,7 +166,7 @@ class Connection:
 
     def _send(self, kind: str, data: dict[str, Any], *, buffers: list[bytes] | None = None, **more: Any) -> None:
         content = {"comm_id": self._comm, "data": data, **more}
-        self._link.send(kind, content, subshell=self._subshell, buffers=buffers)
+        self._link.send(kind, content, subshell=self.subshell, buffers=buffers)
 
     def _received(self, message: dict[str, Any]) -> None:
         kind, content = message["header"]["msg_type"], message["content"]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
 from rlhf_nb.compute.client import Client
+from rlhf_nb.compute.connection import Connection
 from rlhf_nb.compute.rundir import RunDir, write_json
+from rlhf_nb.compute.transports.local import LocalKernel
 from rlhf_nb.errors import ComputeError, NotFoundError
 from rlhf_nb.protocol.control import Pause, Resume, SetCoefficient, Stop
 from rlhf_nb.protocol.events import Metric
 from rlhf_nb.protocol.fold import RunFold
 
-from .conftest import BLOBS, ended, first_metric, toy_spec, until
+from .conftest import BLOBS, ended, first_metric, new_root, toy_spec, until
 
 
 def test_an_error_of_the_agent_is_raised_as_its_own_class(attached_client: Client) -> None:
@@ -140,3 +143,14 @@ def test_a_detached_client_says_how_to_attach() -> None:
     assert not client.alive
     with pytest.raises(ComputeError, match="%rlhf attach local attaches again"):
         client.runs()
+
+
+def test_a_kernel_that_answers_before_it_can_make_a_subshell_is_attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Path(__file__).parent / "slow_kernel"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(slow), os.environ["PYTHONPATH"]]))
+    connection = Connection(LocalKernel(), lambda data, content: None, lambda reason: None)
+    try:
+        connection.open(30, runs_root=str(new_root()), keep_standby=False)
+        assert connection.subshell is not None
+    finally:
+        connection.close(kill=True)
