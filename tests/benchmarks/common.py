@@ -224,7 +224,11 @@ def child(script: str, *arguments: str, timeout: float = 900) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)[:200]}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    # A notebook's shell may print after it, at its exit.
+    found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not found:
+        raise RuntimeError(f"{script} {' '.join(arguments)[:200]}: no object in {done.stdout[-1000:]!r}")
+    return json.loads(found[-1])
 
 
 def plain_trl(folder: Path, method: str, timeout: float = 900, **settings: Any) -> dict[str, Any]:

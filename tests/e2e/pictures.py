@@ -35,15 +35,15 @@ def calm(page: Any, theme: str = "JupyterLab Light") -> None:
     )
 
 
-def take(page: Any, name: str, cell: int, folder: Path, pad: int = 8) -> None:
-    """A cell and its output."""
+def take(page: Any, name: str, cell: int, folder: Path, pad: int = 8, height: float = 1300) -> None:
+    """A cell and its output, down to `height` pixels."""
     page.page.evaluate(
         "i => window.jupyterapp.shell.currentWidget.content.widgets[i].node.scrollIntoView({block: 'start'})", cell
     )
     page.page.wait_for_timeout(1500)
     box = page.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell").nth(cell).bounding_box()
     clip = {"x": max(0, box["x"] - pad), "y": max(0, box["y"] - pad)}
-    clip |= {"width": box["width"] + 2 * pad, "height": box["height"] + 2 * pad}
+    clip |= {"width": box["width"] + 2 * pad, "height": min(box["height"] + 2 * pad, height)}
     path = folder / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     page.page.screenshot(path=str(path), clip=clip)
@@ -91,7 +91,7 @@ def test_pictures(lab, new_page, end_runs, wait_for):
     take(page, "more/finished", 2, folder)
     for tab in ("Curves", "Samples", "Log"):
         panel.locator(".rlhf-tab", has_text=tab).click()
-        take(page, tab.lower() if tab != "Log" else "more/log", 2, folder)
+        take(page, tab.lower() if tab != "Log" else "more/log", 2, folder, height=900 if tab == "Curves" else 1300)
     panel.locator(".rlhf-tab", has_text="Tether").click()
     calm(page, "JupyterLab Dark")
     take(page, "more/tether-dark", 2, folder)
