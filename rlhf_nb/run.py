@@ -19,9 +19,9 @@ from rlhf_nb.errors import (
     did_you_mean,
 )
 from rlhf_nb.protocol import control as controls
-from rlhf_nb.protocol.events import TERMINAL, AnyEvent, Samples
+from rlhf_nb.protocol.events import TERMINAL, AnyEvent, RewardReplaced, Samples
 from rlhf_nb.protocol.fold import RunFold
-from rlhf_nb.protocol.spec import RunModel, RunSpec
+from rlhf_nb.protocol.spec import CombinedReward, ModelReward, RunModel, RunSpec, describe, reward_parts
 
 if TYPE_CHECKING:
     import pandas
@@ -45,17 +45,21 @@ class Applied:
         return f"{self.name} {self.old:g} → {self.new:g} at step {self.step}"
 
 
+Answer = Applied | RewardReplaced | Samples | int
+
+
 class Pending:
     """Something asked of a live run that is not yet in force."""
 
     def __init__(self, run: Run, control: controls.AnyControl) -> None:
         self._run, self.control, self.id = run, control, control.id
 
-    def wait(self, timeout: float | None = 60.0) -> Applied | Samples | int:
+    def wait(self, timeout: float | None = 60.0) -> Answer:
         """Wait until it is in force.
 
         Returns:
-            `Applied` for a coefficient, the `samples` event for a sample, else the step at which it was read.
+            `Applied` for a coefficient, the `reward_replaced` event for a reward, the `samples` event for a sample,
+            else the step at which it was read.
 
         Raises:
             UnavailableError: The run refused, with its reason.
@@ -81,14 +85,20 @@ class Pending:
     @property
     def what(self) -> str:
         control = self.control
+        if isinstance(control, controls.SetReward):
+            return f"reward {describe(control.reward)}"
         return f"{control.name}={control.value:g}" if isinstance(control, controls.SetCoefficient) else control.op
 
-    def _answer(self, fold: RunFold) -> Applied | Samples | int | None:
+    def _answer(self, fold: RunFold) -> Answer | None:
         match self.control:
             case controls.SetCoefficient():
                 for change in fold.changes:
                     if change.id == self.id:
                         return Applied(change.name, change.effective_step, change.old, change.new)
+            case controls.SetReward():
+                for replaced in fold.rewards:
+                    if replaced.id == self.id:
+                        return replaced
             case controls.Sample():
                 for samples in fold.samples:
                     if samples.request_id == self.id:
@@ -168,13 +178,22 @@ class Run:
     def log_tail(self, lines: int = 20) -> list[str]:
         return self.workspace.client.log_tail(self.id, lines)
 
-    def set(self, name: str, value: float, why: str = "") -> Pending:
-        """Ask for a new value of a live coefficient.
+    def set(self, name: str, value: Any, why: str = "") -> Pending:
+        """Ask for a new value of a live coefficient, or for another reward.
+
+        Args:
+            name: A live coefficient; `reward`, or `reward/NAME` for one part of a combined reward.
+            value: A number; for a reward, what `reward=` takes. From the next rollout on its scores are shifted so
+                that their mean over the last rollout's completions is what the old one gave.
 
         Raises:
             SpecError: No such live coefficient, or a value outside its range.
             UnavailableError: The value was frozen when the run started.
         """
+        if name.partition("/")[0] == "reward":
+            return self._replace_reward(name.partition("/")[2], value, why)
+        if not isinstance(value, int | float):
+            raise SpecError(f"{self.id}: {name}={value!r} is no number")
         known = self.fold.coefficients
         if known:
             if name not in known:
@@ -187,6 +206,24 @@ class Run:
             if not live.low <= value <= live.high:
                 raise SpecError(f"{self.id}: {name}={value:g} is outside its range {live.low:g} to {live.high:g}")
         return self._ask(controls.SetCoefficient(name=name, value=value, why=why))
+
+    def _replace_reward(self, part: str, value: Any, why: str) -> Pending:
+        from rlhf_nb.stages.resolve import resolve_reward
+
+        names = [one.name for one in reward_parts(self.spec.reward)]
+        if not names:
+            raise SpecError(f"{self.id}: it optimises no reward, so there is none to replace")
+        if part not in names and (part or len(names) > 1):
+            said = f'no part of its reward is called "{part}"' if part else "its reward has several parts"
+            raise SpecError(f"{self.id}: {said}; set reward/NAME, NAME one of {', '.join(names)}")
+        new = resolve_reward(self.workspace, value, verb=self.id)
+        if isinstance(new, CombinedReward):
+            raise SpecError(f"{self.id}: reward={value!r}: one reward takes the place of one")
+        if isinstance(new, ModelReward) and isinstance(new.model, RunModel):
+            state = self.workspace.run(new.model.run_id).state
+            if state not in ("finished", "stopped"):
+                raise SpecError(f"{self.id}: {new.model.run_id} is {state} and has saved no model yet; wait for it")
+        return self._ask(controls.SetReward(part=part or names[0], reward=new, why=why))
 
     def pause(self) -> Pending:
         return self._ask(controls.Pause())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb.errors import AttachError, NotFoundError, RlhfError, did_you_mean
-from rlhf_nb.protocol.events import TERMINAL, AnyEvent, CoefficientChanged
+from rlhf_nb.protocol.events import TERMINAL, AnyEvent
 from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import BlobData, FunctionReward, LoRA, RunSpec, describe
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from rlhf_nb.store import Store
 
 DEFAULT_TARGET = "rlhf-workspace"
-_AUDITED = frozenset({"coefficient_changed", "checkpoint_saved", "model_saved", "finished", "stopped", "failed"})
+_AUDITED = frozenset(
+    {"coefficient_changed", "reward_replaced", "checkpoint_saved", "model_saved", "finished", "stopped", "failed"}
+)
 
 
 class Workspace:
@@ -195,6 +197,7 @@ class Workspace:
         prompts: Any = None,
         reward: Any = None,
         gold: Any = None,
+        pretraining: Any = None,
         adapter: LoRA | None = None,
         launch: str | None = None,
         title: str = "",
@@ -204,9 +207,12 @@ class Workspace:
         Args:
             method: `rl.SFT(...)`, `rl.PPO(...)` …
             policy, base: The model to train; a run, a name, a directory or a hub id. SFT and reward models say `base`.
-            data, prompts: Rows; online methods say `prompts` and take those of any data set.
-            reward: A reward-model run, a registered name or a function `f(prompts, completions, **columns)`.
+            data, prompts: Rows; online methods say `prompts` and take those of any data set, or of several with their
+                shares, `{"mine": 0.8, "toy-prompts": 0.2}`.
+            reward: A reward-model run, a registered name or a function `f(prompts, completions, **columns)`; several
+                as a list, or as a dict with their weights.
             gold: A reward that is plotted and never optimised.
+            pretraining: Demonstrations whose likelihood `ptx_coef` keeps up.
             adapter: `rl.LoRA(...)` to train an adapter, None to train all weights.
             launch: `accelerate launch` flags for this run; default: the attach's.
 
@@ -225,6 +231,7 @@ class Workspace:
             prompts=prompts,
             reward=reward,
             gold=gold,
+            pretraining=pretraining,
             adapter=adapter,
             launch=launch,
             title=title,
@@ -283,18 +290,15 @@ class Workspace:
         """Send a finished spec and its rows to the attached compute."""
         client = self.client
         blobs = {
-            d.content_hash: self.store.get_encoded(d.content_hash)
-            for d in (spec.data, spec.held_out)
-            if isinstance(d, BlobData)
+            d.content_hash: self.store.get_encoded(d.content_hash) for d in spec.data_sets if isinstance(d, BlobData)
         }
         client.submit(spec, blobs)
         self._remember(spec)
         self.audit("submit", spec.run_id, {"method": spec.method, "title": spec.title, "config": spec.config})
         for parent in spec.parents:
             self.store.add_lineage(spec.run_id, parent, "model")
-        for data in (spec.data, spec.held_out):
-            if data is not None:
-                self.store.add_lineage(spec.run_id, describe(data), "data")
+        for data in spec.data_sets:
+            self.store.add_lineage(spec.run_id, describe(data), "data")
         return self.run(spec.run_id)
 
     def _remember(self, spec: RunSpec) -> None:
@@ -329,7 +333,7 @@ class Workspace:
         for event in fresh:
             if event.kind in _AUDITED:
                 detail = event.model_dump(mode="json", exclude={"log_tail"})
-                who = event.who if isinstance(event, CoefficientChanged) else self.who
+                who = getattr(event, "who", "")
                 self.store.append_audit(event.kind, run.id, detail, who or self.who)
         summary: dict[str, Any] = {"step": fold.step, "max_steps": fold.max_steps}
         if fold.rows:

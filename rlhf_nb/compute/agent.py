@@ -252,7 +252,7 @@ class Agent:
                     f"run {asked.run_id} exists on the attached compute with another spec; choose another id"
                 )
             return {"created": False}
-        for rows in (asked.data, asked.held_out):
+        for rows in asked.data_sets:
             if isinstance(rows, BlobData) and not self._blob(rows.content_hash).exists():
                 raise ComputeError(f'data "{rows.name}" has not arrived on the compute; import it again')
         try:

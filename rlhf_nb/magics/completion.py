@@ -7,6 +7,7 @@ from typing import Any
 from rlhf_nb import registry, workspace
 from rlhf_nb.errors import RlhfError
 from rlhf_nb.magics import parser
+from rlhf_nb.protocol.spec import reward_parts
 from rlhf_nb.stages.resolve import NAMED_DATA, NAMED_MODELS
 
 _RUN_VERBS = frozenset({"watch", "set", "pause", "resume", "stop", "checkpoint", "wait", "sample"})
@@ -35,7 +36,7 @@ def candidates(before: list[str]) -> list[str]:
     last = before[-1]
     if last in ("--policy", "--base"):
         return _models()
-    if last in ("--data", "--prompts"):
+    if last in ("--data", "--prompts", "--pretraining"):
         return _data()
     if last in ("--reward", "--gold"):
         return [*registry.rewards.names(), *_runs(method="reward"), *_functions()]
@@ -51,7 +52,9 @@ def candidates(before: list[str]) -> list[str]:
     if verb in _RUN_VERBS:
         if len(before) == 1:
             return _runs()
-        return [f"{name}=" for name in _coefficients(before[1])] if verb == "set" else words.flags()
+        if verb != "set":
+            return words.flags()
+        return [*(f"{name}=" for name in _coefficients(before[1])), *_slots(before[1])]
     if verb == "label" and len(before) == 1:
         return [name for name in _data() if name != "toy-prompts"]
     if verb == "evaluate" and len(before) == 1:
@@ -83,6 +86,15 @@ def _data() -> list[str]:
 def _functions() -> list[str]:
     ws = _open()
     return list(ws.reward_functions) if ws is not None else []
+
+
+def _slots(run_id: str) -> list[str]:
+    """`reward=`, or one word for each part of a combined reward."""
+    ws = _open()
+    if ws is None or run_id not in ws.run_ids():
+        return []
+    names = [part.name for part in reward_parts(ws.spec(run_id).reward)]
+    return [f"reward/{name}=" for name in names] if len(names) > 1 else ["reward="] * len(names)
 
 
 def _coefficients(run_id: str) -> list[str]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rlhf_nb.run import Run
     from rlhf_nb.workspace import Workspace
 
-_TOP = ("policy", "base", "data", "prompts", "reward", "gold", "adapter", "launch", "title")
+_TOP = ("policy", "base", "data", "prompts", "reward", "gold", "pretraining", "adapter", "launch", "title")
 
 
 class RlhfMagic:
@@ -87,6 +87,7 @@ def _train(ws: Workspace, verb: str, words: dict[str, Any], knobs: dict[str, Any
         data=words.get("data"),
         reward=words.get("reward"),
         gold=words.get("gold"),
+        pretraining=words.get("pretraining"),
         adapter=adapter,
         launch=words.get("launch"),
         title=words.get("title") or "",
@@ -135,6 +136,9 @@ def _set(ws: Workspace, args: argparse.Namespace) -> Any:
     run = ws.run(args.run)
     pending = []
     for name, number in parser.assignments(args.assignments, "set").items():
+        if name.partition("/")[0] == "reward":
+            pending.append(run.set(name, number, why=args.why))
+            continue
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise SpecError(f"set: {name}={number!r} is no number; write for example {name}=0.1")
         pending.append(run.set(name, float(number), why=args.why))

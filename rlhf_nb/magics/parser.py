@@ -60,6 +60,8 @@ def _train(name: str) -> Callable[[], Words]:
         if method.needs_reward:
             words.add_argument("--reward", metavar="REWARD", help="what is optimised")
             words.add_argument("--gold", metavar="REWARD", help="only plotted")
+        if "ptx_coef" in method.model_fields:
+            words.add_argument("--pretraining", metavar="DATA", help="demonstrations that ptx_coef keeps up")
         words.add_argument("--adapter", choices=["lora"])
         words.add_argument("--launch", metavar="FLAGS", help="accelerate launch flags for this run")
         words.add_argument("--title", default="")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlhf_nb.errors import SpecError, did_you_mean
 from rlhf_nb.protocol.events import Coefficient
+from rlhf_nb.protocol.spec import RewardPart, reward_parts
 
 if TYPE_CHECKING:
     from rlhf_nb.protocol.spec import RunSpec
@@ -67,6 +68,17 @@ LEARNING_RATE = LiveCoefficient(
 )
 
 
+def _weight(part: RewardPart) -> LiveCoefficient:
+    far = 4 * abs(part.weight) or 1.0
+    return LiveCoefficient(
+        f"reward_weight/{part.name}",
+        low=-far if part.weight < 0 else 0.0,
+        high=0.0 if part.weight < 0 else far,
+        meaning=f"What the scores of {part.name} are multiplied by.",
+        enters="rollout",
+    )
+
+
 class Method(BaseModel):
     """Base of every training method. Its fields are its knobs; `extra="forbid"` refuses a misspelt one by name."""
 
@@ -99,10 +111,17 @@ class Method(BaseModel):
     sample_every: int = Field(25, ge=0)
     """Optimizer steps between sampled completions; 0 samples none."""
 
-    def start_values(self) -> dict[str, float]:
+    def live_in(self, spec: RunSpec) -> tuple[LiveCoefficient, ...]:
+        """The live coefficients of one run: a combined reward adds a weight for each of its parts."""
+        parts = reward_parts(spec.reward)
+        return (*self.live, *(_weight(part) for part in parts if len(parts) > 1))
+
+    def start_values(self, spec: RunSpec) -> dict[str, float]:
         """What the live coefficients are at the start, by name; of one that was left out, its lowest value."""
         given = {live: getattr(self, live.name) for live in self.live}
-        return {live.name: live.low if value is None else float(value) for live, value in given.items()}
+        values = {live.name: live.low if value is None else float(value) for live, value in given.items()}
+        parts = reward_parts(spec.reward)
+        return values | {f"reward_weight/{part.name}": part.weight for part in parts if len(parts) > 1}
 
     def build_trainer(self, context: Context) -> Trainer:
         """Build what trains, beside the accelerator. The only code that knows a trainer library's names."""

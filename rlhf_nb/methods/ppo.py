@@ -5,9 +5,9 @@ Papers   Schulman et al. 2017, arXiv:1707.06347 (the clipped loss); Ziegler et a
 Rows     prompt.
 Models   policy (trained); reference (frozen; the policy with its adapter off under LoRA); value model (trained);
          reward. Without a value model (`value_model="none"`) it is REINFORCE++ (Hu et al. 2025, arXiv:2501.03262).
-Live     kl_coef, kl_target, kl_controller, temperature and length_penalty from the next rollout; learning_rate,
-         cliprange, cliprange_value, vf_coef and entropy_coef from the next step. Raising kl_coef keeps the policy
-         closer to the reference.
+Live     kl_coef, kl_target, kl_controller, temperature, length_penalty, reward_std_coef, the weights of a combined
+         reward and the reward itself from the next rollout; learning_rate, cliprange, cliprange_value, vf_coef and
+         entropy_coef from the next step. Raising kl_coef keeps the policy closer to the reference.
 Agrees   with the maths of TRL 1.12, the last that had a PPO (tests/maths); in enumerable worlds with the optimum
          π_ref·exp(r/β) (tests/fidelity). Not with four of TRL's faults: here the score stands on the last token that
          counts and not one after it, padding enters no average, the end token counts when it is also the pad token,
@@ -25,6 +25,7 @@ from pydantic import Field
 
 from rlhf_nb.errors import SpecError
 from rlhf_nb.methods.base import LEARNING_RATE, LiveCoefficient, Method, Trainer
+from rlhf_nb.protocol.spec import reward_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,10 @@ def without_controller(method: PPO) -> str | None:
 
 def without_values(method: PPO) -> str | None:
     return "value_model=none: there is no value loss" if method.value_model == "none" else None
+
+
+def without_spread(method: PPO) -> str | None:
+    return None if method.combine_rewards == "mean_minus_std" else "only combine_rewards=mean_minus_std reads it"
 
 
 def without_reference(method: PPO) -> str | None:
@@ -95,6 +100,17 @@ class PPO(Method):
     reference."""
     temperature_end: float | None = Field(None, gt=0)
     """Temperature at max_steps, reached linearly; the live temperature is scaled along. None: constant."""
+    combine_rewards: Literal["sum", "mean", "min", "mean_minus_std"] = "sum"
+    """Of several rewards: how their weighted scores become one. An ensemble's mean, its worst case, or its mean less
+    `reward_std_coef` times its spread (Coste et al. 2024, arXiv:2310.02743). The optimum is that of the one score."""
+    reward_std_coef: float = Field(1.0, ge=0)
+    """λ of combine_rewards=mean_minus_std."""
+    preference_references: int = Field(0, ge=0)
+    """M ≥ 1: Preference As Reward (arXiv:2502.18770): the score is the mean over M completions of the reference to the
+    same prompt of σ(r(x, y) − r(x, y_ref)), between 0 and 1. Moves the optimum to that of this score; β is then in
+    units of it, so that a smaller one is usual."""
+    reward_timeout: float = Field(600.0, ge=0)
+    """Seconds a reward may take over one rank's part of a rollout; 0 waits for ever."""
     score_normalisation: Literal["none", "running"] = "none"
     """running: scores are shifted and divided by the mean and standard deviation of all scores so far. Moves the
     optimum: β is then in standard deviations, which change as the policy does."""
@@ -150,6 +166,9 @@ class PPO(Method):
     """Gradients are scaled down to this L2 norm, the policy's and a value model's of its own apart; 0 leaves them."""
     lr_scheduler: Literal["constant", "linear"] = "constant"
     """linear falls to 0 at max_steps."""
+    ptx_coef: float = Field(0.0, ge=0)
+    """Weight of the mean negative log-likelihood of `pretraining` rows in the loss, a minibatch of them each step
+    (PPO-ptx, arXiv:2203.02155). Moves the optimum towards what those rows say."""
     stop_at_score: float | None = None
     """End the run, with its model saved, once a rollout's mean score reaches this."""
     value_model: Literal["own", "policy_trunk", "none"] = "own"
@@ -171,6 +190,10 @@ class PPO(Method):
             unavailable_when=without_reference,
         ),
         LEARNING_RATE,
+        LiveCoefficient("temperature", low=0.1, high=2.0, meaning="Of sampling. Lower is surer.", enters="rollout"),
+        LiveCoefficient(
+            "entropy_coef", low=0.0, high=0.1, unit="1/nat", meaning="Bonus on entropy. Higher explores more."
+        ),
         LiveCoefficient(
             "cliprange", low=0.01, high=1.0, scale="log", meaning="How far a step may move a token's odds."
         ),
@@ -192,16 +215,26 @@ class PPO(Method):
             unavailable_when=without_values,
         ),
         LiveCoefficient(
-            "entropy_coef", low=0.0, high=0.1, unit="1/nat", meaning="Bonus on entropy. Higher explores more."
-        ),
-        LiveCoefficient("temperature", low=0.1, high=2.0, meaning="Of sampling. Lower is surer.", enters="rollout"),
-        LiveCoefficient(
             "length_penalty",
             low=0.0,
             high=0.1,
             unit="score/token",
             meaning="Taken off the score for each token. Higher is shorter.",
             enters="rollout",
+        ),
+        LiveCoefficient(
+            "ptx_coef",
+            low=0.0,
+            high=10.0,
+            meaning="Weight of the likelihood of pretraining rows. Higher forgets less.",
+        ),
+        LiveCoefficient(
+            "reward_std_coef",
+            low=0.0,
+            high=10.0,
+            meaning="What a unit of disagreement between rewards costs.",
+            enters="rollout",
+            unavailable_when=without_spread,
         ),
         LiveCoefficient(
             "kl_target",
@@ -222,6 +255,10 @@ class PPO(Method):
             unavailable_when=without_controller,
         ),
     )
+
+    def live_in(self, spec: RunSpec) -> tuple[LiveCoefficient, ...]:
+        live = super().live_in(spec)
+        return live if spec.pretraining is not None else tuple(one for one in live if one.name != "ptx_coef")
 
     @property
     def has_reference(self) -> bool:  # type: ignore[override]
@@ -249,6 +286,20 @@ class PPO(Method):
             )
         if reason := REFUSED.get((self.kl_in, self.kl_estimator)):
             raise SpecError(f"ppo: kl_in={self.kl_in} with kl_estimator={self.kl_estimator}: {reason}")
+        if self.ptx_coef and spec.pretraining is None:
+            raise SpecError(
+                f"ppo: ptx_coef={self.ptx_coef:g} and no rows to keep up; give pretraining=, demonstrations"
+            )
+        if self.combine_rewards != "sum" and len(reward_parts(spec.reward)) < 2:
+            raise SpecError(
+                f"ppo: combine_rewards={self.combine_rewards} needs several rewards and there is one; "
+                f"give reward=[first, second]"
+            )
+        if self.preference_references and self.reference != "frozen":
+            raise SpecError(
+                f"ppo: preference_references={self.preference_references} compares with what the reference says, and "
+                f"reference={self.reference} does not stay; use reference=frozen"
+            )
         if self.rollout_batch_size % self.samples_per_prompt:
             raise SpecError(
                 f"ppo: rollout_batch_size={self.rollout_batch_size} does not hold whole groups of "
@@ -296,9 +347,14 @@ class PPO(Method):
     # --- the maths --------------------------------------------------------------------------------------------------
 
     def penalised(self, rollout: Rollout, live: Live) -> Any:
-        """(B,) the score that is optimised: normalised, scaled, clipped, less what a cut completion and each token
-        cost."""
-        score_B = (rollout.score_B - rollout.score_shift) / rollout.score_spread * self.score_scale
+        """(B,) the score that is optimised: preferred to the reference's, normalised, scaled, clipped, less what a cut
+        completion and each token cost."""
+        from rlhf_nb.maths.rewards import preference_as_reward
+
+        score_B = rollout.score_B
+        if rollout.reference_score_BR is not None:
+            score_B = preference_as_reward(score_B, rollout.reference_score_BR)
+        score_B = (score_B - rollout.score_shift) / rollout.score_spread * self.score_scale
         if self.score_clip is not None:
             score_B = score_B.clamp(-self.score_clip, self.score_clip)
         if self.length_normalised:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from rlhf_nb.protocol.spec import OneReward
+
 
 class Control(BaseModel):
     model_config = ConfigDict(extra="allow")
@@ -21,6 +23,15 @@ class SetCoefficient(Control):
     op: Literal["set"] = "set"
     name: str
     value: float
+
+
+class SetReward(Control):
+    """Another reward from the next rollout on, in place of a part of the run's reward."""
+
+    op: Literal["set_reward"] = "set_reward"
+    part: str
+    """Name of the part that is replaced, as the run began with it."""
+    reward: OneReward
 
 
 class Pause(Control):
@@ -48,7 +59,9 @@ class Sample(Control):
     prompts: list[str]
 
 
-AnyControl = Annotated[SetCoefficient | Pause | Resume | Stop | SaveCheckpoint | Sample, Field(discriminator="op")]
+AnyControl = Annotated[
+    SetCoefficient | SetReward | Pause | Resume | Stop | SaveCheckpoint | Sample, Field(discriminator="op")
+]
 _ADAPTER: TypeAdapter[AnyControl] = TypeAdapter(AnyControl)
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from rlhf_nb.protocol.spec import OneReward
+
 State = Literal["waiting", "starting", "running", "paused", "finished", "stopped", "failed"]
 TERMINAL: frozenset[str] = frozenset({"finished", "stopped", "failed"})
 
@@ -107,6 +109,23 @@ class CoefficientChanged(Event):
     why: str = ""
     follows: str = ""
     """Id of the change that made this one, where nobody asked for it by itself."""
+
+
+class RewardReplaced(Event):
+    """A part of the run's reward is another one from this step on."""
+
+    kind: Literal["reward_replaced"] = "reward_replaced"
+    id: str
+    part: str
+    """Name of the part, as the run began with it."""
+    old: str
+    new: OneReward
+    shift: float
+    """Added to the new one's scores, so that their mean over the rollout before is what it was: a reward model is
+    defined only up to a constant, and the value model has learnt the old one's."""
+    effective_step: int
+    who: str = ""
+    why: str = ""
 
 
 class ControlAcknowledged(Event):
@@ -214,6 +233,7 @@ AnyEvent = Annotated[
     | Metric
     | Samples
     | CoefficientChanged
+    | RewardReplaced
     | ControlAcknowledged
     | ControlRefused
     | Paused

@@ -24,6 +24,7 @@ from rlhf_nb.protocol.events import (
     Paused,
     Result,
     Resumed,
+    RewardReplaced,
     Samples,
     Stage,
     Started,
@@ -61,6 +62,8 @@ class RunFold:
     coefficients: dict[str, Coefficient] = field(default_factory=dict)
     """By name, with the value in effect."""
     changes: list[CoefficientChanged] = field(default_factory=list)
+    rewards: list[RewardReplaced] = field(default_factory=list)
+    """Rewards that took the place of others."""
     samples: list[Samples] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
     checkpoints: list[CheckpointSaved] = field(default_factory=list)
@@ -98,6 +101,8 @@ class RunFold:
                     self.coefficients[event.name] = self.coefficients[event.name].model_copy(
                         update={"value": event.new}
                     )
+            case RewardReplaced():
+                self.rewards.append(event)
             case ControlAcknowledged():
                 self.acknowledged[event.id] = event.step
             case ControlRefused():
@@ -148,6 +153,7 @@ class RunFold:
         if len(kept) != len(self.rows):
             self.rows, self.generation = kept, self.generation + 1
         self.changes = [change for change in self.changes if change.effective_step <= event.from_step]
+        self.rewards = [change for change in self.rewards if change.effective_step <= event.from_step]
         self.samples = [sample for sample in self.samples if sample.step <= event.from_step]
         self.step = event.from_step
 

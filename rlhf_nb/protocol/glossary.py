@@ -44,12 +44,14 @@ _ENTRIES = (
     Entry("reward/score", "score", "score", "r(x, y)", "mean over samples, before any penalty", "up"),
     Entry("reward/std", "score spread", "score", "sd of r(x, y)", "sample standard deviation", "watch"),
     Entry("reward/mean", "reward", "score", "r(x, y) − penalties − β·(log π(y|x) − log π_ref(y|x))", "mean over samples: what is optimised", "up"),
+    Entry("reward/disagreement", "disagreement", "score", "sd over the rewards of r_m(x, y)", "population sd, mean over samples", "watch"),
     Entry("reward/gold", "true reward", "score", "gold r*(x, y), never optimised", "mean over samples", "up"),
     # Online methods
     Entry("objective/kl_coef", "kl_coef", "score/nat", "β, price of a nat", "exact, as this rollout used it", "watch"),
     Entry("objective/temperature", "temperature", "", "τ, logits are divided by it", "exact, as this rollout used it", "watch"),
     Entry("loss/kl", "KL in the loss", "nats/token", "ratio·k3 or k2 against the reference", "mean over the step's tokens, all ranks", "watch"),
     Entry("loss/policy", "policy loss", "", "max(−ρA, −clip(ρ, 1±ε)·A), ρ = π/π_behavior", "mean over the step's tokens, all ranks", "watch"),
+    Entry("loss/pretraining", "pretraining loss", "nats/token", "−log π of pretraining rows", "mean over the step's pretraining tokens", "down"),
     Entry("loss/value", "value loss", "score²", "½·max((V − R)², (clip(V) − R)²)", "mean over the step's tokens, all ranks", "down"),
     Entry("policy/clip_fraction", "clipped tokens", "", "share of tokens whose policy gradient the clip took", "mean over the step's tokens", "watch"),
     Entry("value/clip_fraction", "clipped values", "", "share of tokens whose value gradient the clip took", "mean over the step's tokens", "watch"),
@@ -91,4 +93,6 @@ GLOSSARY: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 
 def entry(name: str) -> Entry:
     """The line of a metric; for an unknown one, its own name and nothing claimed about it."""
+    if name.startswith("reward_part/"):
+        return Entry(name, name.partition("/")[2], "score", "r_m(x, y)", "mean over samples, before its weight", "up")
     return GLOSSARY.get(name) or Entry(name, name, "", "", "", "watch")

@@ -65,7 +65,30 @@ class BlobData(Frozen):
     name: str = ""
 
 
-DataRef = Annotated[NamedData | BlobData, Field(discriminator="kind")]
+OneData = Annotated[NamedData | BlobData, Field(discriminator="kind")]
+
+
+class DataPart(Frozen):
+    data: OneData
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    """Its share of what is drawn, against the other parts' weights and whatever its size."""
+
+
+class MixedData(Frozen):
+    """Prompts of several data sets, drawn in fixed shares."""
+
+    kind: Literal["mixed"] = "mixed"
+    parts: tuple[DataPart, ...] = Field(min_length=2)
+
+
+DataRef = Annotated[NamedData | BlobData | MixedData, Field(discriminator="kind")]
+
+
+def data_parts(data: Any) -> tuple[DataPart, ...]:
+    """The data sets that a reference stands for, with their weights; none for None."""
+    if data is None:
+        return ()
+    return data.parts if isinstance(data, MixedData) else (DataPart(data=data, weight=1.0),)
 
 
 class NamedReward(Frozen):
@@ -91,7 +114,34 @@ class FunctionReward(Frozen):
     source: str
 
 
-RewardRef = Annotated[NamedReward | ModelReward | FunctionReward, Field(discriminator="kind")]
+OneReward = Annotated[NamedReward | ModelReward | FunctionReward, Field(discriminator="kind")]
+
+
+class RewardPart(Frozen):
+    reward: OneReward
+    weight: float = Field(1.0, allow_inf_nan=False)
+    """What its scores are multiplied by, at the start; live as `reward_weight/NAME`."""
+
+    @property
+    def name(self) -> str:
+        return describe(self.reward)
+
+
+class CombinedReward(Frozen):
+    """Several rewards as one. How they become one number is a knob of the method."""
+
+    kind: Literal["combined"] = "combined"
+    parts: tuple[RewardPart, ...] = Field(min_length=2)
+
+
+RewardRef = Annotated[NamedReward | ModelReward | FunctionReward | CombinedReward, Field(discriminator="kind")]
+
+
+def reward_parts(reward: Any) -> tuple[RewardPart, ...]:
+    """The rewards that a reference stands for, with their weights; none for None."""
+    if reward is None:
+        return ()
+    return reward.parts if isinstance(reward, CombinedReward) else (RewardPart(reward=reward),)
 
 
 class LoRA(Frozen):
@@ -143,7 +193,9 @@ class RunSpec(Frozen):
     """The model that is trained (or evaluated). `base=` fills the same place for SFT and reward models."""
     data: DataRef | None = None
     """Rows to train on; for online methods, the prompts."""
-    held_out: DataRef | None = None
+    held_out: OneData | None = None
+    pretraining: OneData | None = None
+    """Demonstrations whose likelihood is kept up beside (PPO-ptx)."""
     reward: RewardRef | None = None
     gold: RewardRef | None = None
     """A reward that is only plotted, never optimised."""
@@ -159,8 +211,15 @@ class RunSpec(Frozen):
     def parents(self) -> tuple[str, ...]:
         """Runs whose model this run needs, each once, in the order of the spec."""
         references = [self.policy]
-        references += [reward.model for reward in (self.reward, self.gold) if isinstance(reward, ModelReward)]
+        rewards = [part.reward for part in (*reward_parts(self.reward), *reward_parts(self.gold))]
+        references += [reward.model for reward in rewards if isinstance(reward, ModelReward)]
         return tuple(dict.fromkeys(r.run_id for r in references if isinstance(r, RunModel)))
+
+    @property
+    def data_sets(self) -> tuple[NamedData | BlobData, ...]:
+        """Every data set that the run reads."""
+        kept = (self.data, self.held_out, self.pretraining)
+        return tuple(part.data for data in kept for part in data_parts(data))
 
     @property
     def title(self) -> str:
@@ -190,4 +249,8 @@ def describe(reference: Any) -> str:
             return reference.name or reference.content_hash[:8]
         case ModelReward():
             return describe(reference.model)
+        case CombinedReward():
+            return " + ".join(part.name for part in reference.parts)
+        case MixedData():
+            return " + ".join(describe(part.data) for part in reference.parts)
     raise TypeError(f"{type(reference).__name__} is no reference")

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_nb.protocol.spec import ModelReward
-from rlhf_nb.rewards.functions import RewardFunction
+from rlhf_nb.protocol.spec import FunctionReward, ModelReward, NamedReward, reward_parts
+from rlhf_nb.rewards.functions import RewardFunction, from_reference
 from rlhf_nb.rewards.model import RewardModelScorer
 
 if TYPE_CHECKING:
     from rlhf_nb.training.context import Context
 
 
-def scorer(
-    context: Context, role: Literal["reward", "gold"] = "reward", *, device: Any = None
-) -> RewardFunction | None:
-    """f(prompts, completions, **columns) → one finite number each, or None where the spec names no such reward.
+def load(
+    context: Context, reference: NamedReward | ModelReward | FunctionReward, *, device: Any = None
+) -> RewardFunction:
+    """f(prompts, completions, **columns) → one finite number each.
 
-    A reward model is loaded now, onto `device`; call it once a run.
+    A reward model is loaded now, onto `device`.
+
+    Raises:
+        RlhfError: No such model, no reward model, or source that does not run.
     """
-    reference = getattr(context.spec, role)
     if isinstance(reference, ModelReward):
         return RewardModelScorer.load(context.model_path(reference.model), device=device, emit=context.emit)
-    function: Callable[..., list[float]] | None = getattr(context, role)
-    return function
+    return from_reference(reference)
+
+
+def scorer(context: Context, role: Literal["reward", "gold"], *, device: Any = None) -> RewardFunction | None:
+    """The reward that a spec names alone in a role, or None."""
+    parts = reward_parts(getattr(context.spec, role))
+    return load(context, parts[0].reward, device=device) if parts else None

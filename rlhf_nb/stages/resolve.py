@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import math
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,19 @@ from rlhf_nb import registry
 from rlhf_nb.errors import DataError, NotFoundError, RlhfError, SpecError, did_you_mean
 from rlhf_nb.protocol.spec import (
     BlobData,
+    CombinedReward,
+    DataPart,
     DataRef,
     FunctionReward,
     HubModel,
+    MixedData,
     ModelRef,
     ModelReward,
     NamedData,
     NamedModel,
     NamedReward,
     PathModel,
+    RewardPart,
     RewardRef,
     RunModel,
 )
@@ -95,6 +100,10 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> D
     Raises:
         DataError: Rows of another kind; the message names what is needed.
     """
+    if isinstance(value, MixedData):
+        return value
+    if isinstance(value, Mapping):
+        return _mixture(workspace, value, verb=verb, rows=rows)
     if isinstance(value, (NamedData, BlobData)):
         kind, reference = (NAMED_DATA[value.name] if isinstance(value, NamedData) else value.row_kind), value
         dataset = None
@@ -125,8 +134,72 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> D
     raise DataError(f'{verb}: data "{name}" holds {kind}, and {verb} trains on {rows}; %rlhf data lists what there is')
 
 
+def _mixture(workspace: Workspace, value: Mapping[Any, Any], *, verb: str, rows: str) -> DataRef:
+    if rows != "prompts":
+        raise SpecError(
+            f"{verb}: data={dict(value)!r}: only prompts are drawn in shares; put the rows into one data set"
+        )
+    parts = []
+    for one, weight in value.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise SpecError(f"{verb}: prompts {one}={weight!r}: a share is a number above 0")
+        reference = resolve_data(workspace, one, verb=verb, rows=rows)
+        assert isinstance(reference, NamedData | BlobData)
+        parts.append(DataPart(data=reference, weight=float(weight)))
+    if len(parts) < 2:
+        raise SpecError(f"{verb}: prompts={dict(value)!r}: one data set needs no share; give its name")
+    return MixedData(parts=tuple(parts))
+
+
 def resolve_reward(workspace: Workspace, value: Any, *, verb: str, role: str = "reward") -> RewardRef:
-    """A reward-model run, a registered name, a named function of this workspace, or a function."""
+    """A reward-model run, a registered name, a named function of this workspace, or a function; several of them as a
+    list, as a dict with their weights, or as text: `reward-1,reward-2` or `reward-1=1,length=-0.1`."""
+    if isinstance(value, CombinedReward):
+        return value
+    parts = _several(value)
+    if parts is None:
+        return _one_reward(workspace, value, verb=verb, role=role)
+    if role == "gold":
+        raise SpecError(f"{verb}: gold={value!r}: one reward is plotted as the true one; give one")
+    made = []
+    for one, weight in parts:
+        number = _number(weight)
+        if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+            raise SpecError(f"{verb}: reward {one}={weight!r}: a weight is one finite number; write {one}=0.5")
+        made.append(RewardPart(reward=_one_reward(workspace, one, verb=verb, role=role), weight=float(number)))
+    if len(made) < 2:
+        if made and made[0].weight == 1:
+            return made[0].reward
+        raise SpecError(f"{verb}: reward={value!r}: one reward needs no weight; score_scale multiplies its scores")
+    names = [part.name for part in made]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise SpecError(f"{verb}: reward {doubled[0]} is named twice; name it once, with the sum of the weights")
+    return CombinedReward(parts=tuple(made))
+
+
+def _number(weight: Any) -> Any:
+    """A weight as it was written, as a number where it is one."""
+    try:
+        return float(weight) if isinstance(weight, str) else weight
+    except ValueError:
+        return weight
+
+
+def _several(value: Any) -> list[tuple[Any, Any]] | None:
+    """Rewards with their weights, where a value names several."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, list | tuple):
+        return [(one, 1.0) for one in value]
+    if isinstance(value, str) and ("," in value or "=" in value) and not Path(value).expanduser().exists():
+        split = [one.strip().partition("=") for one in value.split(",") if one.strip()]
+        return [(name.strip(), weight.strip() if equals else 1.0) for name, equals, weight in split]
+    return None
+
+
+def _one_reward(
+    workspace: Workspace, value: Any, *, verb: str, role: str
+) -> NamedReward | ModelReward | FunctionReward:
     if isinstance(value, (NamedReward, ModelReward, FunctionReward)):
         return value
     if isinstance(value, str):

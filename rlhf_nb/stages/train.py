@@ -25,6 +25,7 @@ def train(
     prompts: Any = None,
     reward: Any = None,
     gold: Any = None,
+    pretraining: Any = None,
     adapter: LoRA | None = None,
     launch: str | None = None,
     title: str = "",
@@ -48,6 +49,8 @@ def train(
         raise SpecError(f"{verb}: no reward; give --reward RUN, a reward model's run, or a name such as toy-true")
     if not method.needs_reward and reward is not None:
         raise SpecError(f"{verb}: takes no reward, it trains on {method.rows}; leave --reward away, or use %rlhf ppo")
+    if pretraining is not None and "ptx_coef" not in type(method).model_fields:
+        raise SpecError(f"{verb}: keeps up no pretraining data; leave it away, or use %rlhf ppo")
     spec = RunSpec(
         run_id="",
         workspace_id=workspace.id,
@@ -57,6 +60,9 @@ def train(
         data=resolve_data(workspace, rows, verb=verb, rows=method.rows),
         reward=resolve_reward(workspace, reward, verb=verb) if reward is not None else None,
         gold=resolve_reward(workspace, gold, verb=verb, role="gold") if gold is not None else None,
+        pretraining=resolve_data(workspace, pretraining, verb=verb, rows="demonstrations")
+        if pretraining is not None
+        else None,
         adapter=adapter,
         launch=Launch.parse(workspace.launch_flags if launch is None else launch),
         label_as=title,

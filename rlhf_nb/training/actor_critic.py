@@ -63,6 +63,8 @@ class ActorCritic(nn.Module):
         *,
         temperature: float = 1.0,
         with_policy: bool = True,
+        with_values: bool = True,
+        with_entropy: bool = True,
         entropy_gradient: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """
@@ -71,6 +73,7 @@ class ActorCritic(nn.Module):
             attention_mask_BL: (B, P + T) bool.
             mask_BT: (B, T) bool, which completion tokens count.
             with_policy: False gives values alone.
+            with_values: False gives zeros for them, and no value model is asked.
 
         Returns:
             (logprobs_BT, entropy_BT, values_BT) of the completion tokens; V_t is the value *before* token t.
@@ -89,10 +92,10 @@ class ActorCritic(nn.Module):
                 tokens_BL[:, prompt_width:],
                 mask_BT,
                 temperature=temperature,
-                with_entropy=True,
+                with_entropy=with_entropy,
                 entropy_gradient=entropy_gradient,
             )
-        if self.value_head is None:
+        if self.value_head is None or not with_values:
             return logprobs_BT, entropy_BT, torch.zeros(mask_BT.shape, device=mask_BT.device)
         if self.critic is not None:
             hidden_BTD = hidden_states(self.critic, tokens_BL, attention_mask_BL, at)

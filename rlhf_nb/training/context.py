@@ -54,17 +54,16 @@ class Context:
     """Training rows: of the kind the method declares, prompts for online methods."""
     model_path: Callable[[Any], str]
     """ModelRef → local directory that `from_pretrained` takes. Models pass between stages as directories."""
+    mixture: tuple[tuple[int, float], ...] = ()
+    """Of rows from several data sets: how many each gave, one after another, and its share of what is drawn."""
     held_out: list[dict[str, Any]] | None = None
+    pretraining: list[dict[str, Any]] | None = None
     rank: int = 0
     world_size: int = 1
     use_cpu: bool = True
     attempt: int = 1
     resume_from: Path | None = None
     """Checkpoint directory to continue from."""
-    reward: Callable[..., list[float]] | None = None
-    """f(prompts, completions, **columns) for a named or shipped function; None where the reward is a model."""
-    gold: Callable[..., list[float]] | None = None
-    """Only plotted."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
 
+from rlhf_nb.errors import RlhfError
 from rlhf_nb.protocol.control import (
     AnyControl,
     Pause,
@@ -18,6 +19,7 @@ from rlhf_nb.protocol.control import (
     Sample,
     SaveCheckpoint,
     SetCoefficient,
+    SetReward,
     Stop,
     parse_control,
 )
@@ -28,6 +30,7 @@ from rlhf_nb.protocol.events import (
     ControlRefused,
     Paused,
     Resumed,
+    RewardReplaced,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +38,16 @@ if TYPE_CHECKING:
     from rlhf_nb.methods.base import LiveCoefficient
 
 POLL_WHILE_PAUSED_S = 0.05
+
+
+class RewardSlots(Protocol):
+    """A run's reward, part by part."""
+
+    def refusal(self, control: SetReward) -> str | None: ...
+
+    def replace(self, control: SetReward, step: int) -> RewardReplaced: ...
+
+    def again(self, change: RewardReplaced) -> None: ...
 
 
 @dataclass
@@ -69,7 +82,7 @@ class ControlLoop:
         broadcast: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
         seen: frozenset[str] = frozenset(),
         values: Mapping[str, float] | None = None,
-        replay: Sequence[CoefficientChanged] = (),
+        replay: Sequence[CoefficientChanged | RewardReplaced] = (),
     ) -> None:
         """
         Args:
@@ -84,6 +97,7 @@ class ControlLoop:
         self._tail, self._emit, self._broadcast, self._seen = tail, emit, broadcast, set(seen)
         self._bound: dict[str, BoundCoefficient] = {}
         self._waiting: dict[str, SetCoefficient] = {}
+        self._waiting_reward: dict[str, SetReward] = {}
         self._replay = list(replay)
         self.stopping = False
         self.paused = False
@@ -117,6 +131,8 @@ class ControlLoop:
     """Set by a trainer that can serve checkpoint and sample requests while paused."""
     on_change: Callable[[CoefficientChanged], None] | None = None
     """Called after a coefficient that a person asked for was written."""
+    rewards: RewardSlots | None = None
+    """Set by a trainer whose reward can be replaced between two rollouts."""
     around_pause: Callable[[], AbstractContextManager[None]] = nullcontext
     """Set by a trainer that keeps pauses out of its step times."""
 
@@ -158,6 +174,12 @@ class ControlLoop:
                         self._emit(ControlRefused(id=control.id, op=control.op, reason=reason))
                         continue
                     self._waiting[control.name] = control
+                case SetReward():
+                    reason = self.rewards.refusal(control) if self.rewards else "this run optimises no reward"
+                    if reason:
+                        self._emit(ControlRefused(id=control.id, op=control.op, reason=reason))
+                        continue
+                    self._waiting_reward[control.part] = control
                 case Pause():
                     self.paused = True
                 case Resume():
@@ -182,6 +204,13 @@ class ControlLoop:
         return None
 
     def _apply(self, step: int, rollout: bool) -> None:
+        if rollout and self.rewards is not None:
+            for wanted in list(self._waiting_reward.values()):
+                del self._waiting_reward[wanted.part]
+                try:
+                    self._emit(self.rewards.replace(wanted, step))
+                except RlhfError as error:
+                    self._emit(ControlRefused(id=wanted.id, op=wanted.op, reason=str(error).splitlines()[0]))
         for name, control in list(self._waiting.items()):
             bound = self._bound[name]
             if bound.coefficient.enters == "rollout" and not rollout:
@@ -191,6 +220,12 @@ class ControlLoop:
 
     def _make_again(self, step: int, rollout: bool) -> None:
         for change in list(self._replay):
+            if isinstance(change, RewardReplaced):
+                if rollout and change.effective_step <= step and self.rewards is not None:
+                    self._replay.remove(change)
+                    self.rewards.again(change)
+                    self._emit(change.model_copy(update={"seq": 0, "t": 0.0}))
+                continue
             bound = self._bound.get(change.name)
             if change.effective_step > step or (bound and bound.coefficient.enters == "rollout" and not rollout):
                 continue

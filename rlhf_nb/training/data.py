@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_nb.data.rows import COLUMNS, Prompt, Row, decode_rows, fault
 from rlhf_nb.errors import DataError
-from rlhf_nb.protocol.spec import BlobData, DataRef, NamedData
+from rlhf_nb.protocol.spec import BlobData, NamedData
 
 if TYPE_CHECKING:
     from rlhf_nb.training.context import Context
@@ -24,7 +24,7 @@ def embedded_rows(name: str) -> tuple[str, list[Row]]:
     return dataset(name)
 
 
-def load_rows(reference: DataRef, blobs: Path, kind: str) -> list[Row]:
+def load_rows(reference: NamedData | BlobData, blobs: Path, kind: str) -> list[Row]:
     """The rows a reference stands for.
 
     Args:
@@ -51,8 +51,6 @@ def load_rows(reference: DataRef, blobs: Path, kind: str) -> list[Row]:
                     f'data "{name}": {path.name} is damaged (its hash differs); delete it and start the run again'
                 )
             rows = decode_rows(data)
-        case _:
-            raise TypeError(f"{reference!r} is no data reference")
     if kind not in (found, "prompts"):
         raise DataError(f'data "{name}" holds {found}, and this method trains on {kind}')
     if not rows:

@@ -17,9 +17,9 @@ from rlhf_nb import registry
 from rlhf_nb.compute.rundir import EventWriter, LineTail, RunDir, storage_errors
 from rlhf_nb.errors import ComputeError, SpecError
 from rlhf_nb.methods.base import Method
-from rlhf_nb.protocol.events import CoefficientChanged, ModelSaved, Resumed, Started, TrainingEnded
+from rlhf_nb.protocol.events import CoefficientChanged, ModelSaved, Resumed, RewardReplaced, Started, TrainingEnded
 from rlhf_nb.protocol.fold import RunFold
-from rlhf_nb.protocol.spec import FunctionReward, NamedReward, RunSpec
+from rlhf_nb.protocol.spec import RunSpec, data_parts
 from rlhf_nb.training import checkpoints, distributed, models
 from rlhf_nb.training.context import Context, Emitter
 from rlhf_nb.training.control import ControlLoop
@@ -118,7 +118,7 @@ def run(
         emit = Emitter(writer, method.max_steps)
         before = _so_far(place, attempt)
         step = checkpoints.step_of(resume_from) if resume_from else 0
-        _announce(emit, method, before, step, attempt=attempt, warm=warm, world_size=true_world, use_cpu=use_cpu)
+        _announce(emit, method, spec, before, step, attempt=attempt, warm=warm, world_size=true_world, use_cpu=use_cpu)
         if (true_rank, true_world) != (rank, world_size) or true_world != spec.launch.num_processes:
             raise ComputeError(
                 f"launch: {spec.launch.num_processes} ranks were asked for and the process group has {true_world}; "
@@ -129,7 +129,7 @@ def run(
             emit.event,
             broadcast=distributed.broadcaster(),
             seen=_acted_on(place, before) if attempt > 1 else frozenset(),
-            values=_values_at(method, before, step) if attempt > 1 else None,
+            values=_values_at(method, spec, before, step) if attempt > 1 else None,
             replay=_changes_after(place, step) if attempt > 1 else (),
         )
         context = _context(
@@ -158,26 +158,29 @@ def _so_far(place: RunDir, attempt: int) -> RunFold:
 def _acted_on(place: RunDir, before: RunFold) -> frozenset[str]:
     """Control lines that an earlier attempt is done with. A set that was read and not yet in force is read again."""
     events = place.events()
-    made = {event.id for event in events if event.kind == "coefficient_changed"}
-    pending = {event.id for event in events if event.kind == "control_acknowledged" and event.op == "set"} - made
+    made = {event.id for event in events if event.kind in ("coefficient_changed", "reward_replaced")}
+    asked = {event.id for event in events if event.kind == "control_acknowledged" and event.op in ("set", "set_reward")}
+    pending = asked - made
     return frozenset([*before.acknowledged, *before.refused]) - pending
 
 
-def _changes_after(place: RunDir, step: int) -> list[CoefficientChanged]:
+def _changes_after(place: RunDir, step: int) -> list[CoefficientChanged | RewardReplaced]:
     """Changes that people asked for and that came into force after a step, each once, in their order.
 
     From the log itself: the fold drops them at every restart, and a second death may come before they are made again.
     """
-    found: dict[str, CoefficientChanged] = {}
+    found: dict[str, CoefficientChanged | RewardReplaced] = {}
     for event in place.events():
-        if isinstance(event, CoefficientChanged) and event.effective_step > step and not event.follows:
+        if not isinstance(event, CoefficientChanged | RewardReplaced) or event.effective_step <= step:
+            continue
+        if not getattr(event, "follows", ""):
             found.setdefault(event.id, event)
     return sorted(found.values(), key=lambda change: (change.effective_step, change.seq))
 
 
-def _values_at(method: Method, before: RunFold, step: int) -> dict[str, float]:
+def _values_at(method: Method, spec: RunSpec, before: RunFold, step: int) -> dict[str, float]:
     """What each live coefficient was when optimizer step `step` had been taken."""
-    values = method.start_values()
+    values = method.start_values(spec)
     values.update({change.name: change.new for change in before.changes if change.effective_step <= step})
     return values
 
@@ -185,6 +188,7 @@ def _values_at(method: Method, before: RunFold, step: int) -> dict[str, float]:
 def _announce(
     emit: Emitter,
     method: Method,
+    spec: RunSpec,
     before: RunFold,
     step: int,
     *,
@@ -193,7 +197,7 @@ def _announce(
     world_size: int,
     use_cpu: bool,
 ) -> None:
-    values = _values_at(method, before, step)
+    values = _values_at(method, spec, before, step)
     emit.event(
         Started(
             attempt=attempt,
@@ -204,7 +208,7 @@ def _announce(
             versions=versions(),
             max_steps=method.max_steps if method.trains else None,
             has_reference=method.has_reference,
-            coefficients=[live.describe(values[live.name], method) for live in method.live],
+            coefficients=[live.describe(values[live.name], method) for live in method.live_in(spec)],
         )
     )
     if attempt > 1:
@@ -228,29 +232,25 @@ def _context(
     if spec.data is None:
         raise SpecError(f"{spec.method}: no data; give data=, or prompts= for a method that samples")
     emit.stage("reading rows")
+    sources = [load_rows(part.data, blobs, method.rows) for part in data_parts(spec.data)]
+    mixture = [(len(rows), part.weight) for rows, part in zip(sources, data_parts(spec.data), strict=True)]
     return Context(
         spec=spec,
         method=method,
         run_dir=place.path,
         emit=emit,
         control=control,
-        rows=load_rows(spec.data, blobs, method.rows),
+        rows=[row for rows in sources for row in rows],
+        mixture=tuple(mixture),
         model_path=models.resolver(runs_root, emit),
         held_out=load_rows(spec.held_out, blobs, "prompts") if spec.held_out is not None else None,
+        pretraining=load_rows(spec.pretraining, blobs, "demonstrations") if spec.pretraining is not None else None,
         rank=rank,
         world_size=world_size,
         use_cpu=use_cpu,
         attempt=attempt,
         resume_from=resume_from,
-        reward=_function(spec.reward),
-        gold=_function(spec.gold),
     )
-
-
-def _function(reference: Any) -> Any:
-    from rlhf_nb.rewards.functions import from_reference
-
-    return from_reference(reference) if isinstance(reference, NamedReward | FunctionReward) else None
 
 
 def _train(context: Context, place: RunDir) -> None:

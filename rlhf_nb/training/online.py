@@ -12,7 +12,7 @@ checkpoint between two rollouts is therefore weights, optimizer and two counters
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +27,14 @@ from rlhf_nb.errors import ComputeError, DataError, SpecError
 from rlhf_nb.maths.controllers import RunningMoments, adapted_kl_coef
 from rlhf_nb.maths.masked import masked_sum
 from rlhf_nb.protocol.events import CoefficientChanged
-from rlhf_nb.rewards.resolve import scorer
 from rlhf_nb.training import actor_critic, data, distributed, models
 from rlhf_nb.training.control import BoundCoefficient
+from rlhf_nb.training.judge import Judge
 from rlhf_nb.training.online_checkpoint import load_checkpoint, save_checkpoint
 from rlhf_nb.training.online_samples import SampleTable
+from rlhf_nb.training.pretraining import Pretraining
+from rlhf_nb.training.prompt_order import PromptOrder
+from rlhf_nb.training.reference_said import ReferenceSaid
 from rlhf_nb.training.rollout.base import uniforms
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler, pad_left
 from rlhf_nb.training.sampling import end_tokens
@@ -67,6 +70,10 @@ class Rollout:
     gold_B: Tensor | None  # noqa: N815
     ended_B: Tensor  # noqa: N815
     temperature: float
+    parts_BM: Tensor | None = None  # noqa: N815
+    """(B, M) scores by each part of a combined reward, before weights."""
+    reference_score_BR: Tensor | None = None  # noqa: N815
+    """(B, R) scores of what the reference said to the same prompt."""
     score_shift: float = 0.0
     """Mean of the scores so far, where they are normalised."""
     score_spread: float = 1.0
@@ -135,11 +142,13 @@ class OnlineTrainer:
         self.module, self.reference = actor_critic.load(
             context, path, value_model=method.value_model, reference=method.reference
         )
-        self._take_prompts(models.max_length(path, method.max_length, self.emit))
-        self.score = scorer(context, "reward", device=self.device)
-        self.gold = scorer(context, "gold", device=self.device)
-        if self.score is None:
+        max_length = models.max_length(path, method.max_length, self.emit)
+        self._take_prompts(max_length)
+        self.pretraining = Pretraining(self, max_length) if context.pretraining is not None else None
+        if context.spec.reward is None:
             raise SpecError(f"{method.name}: no reward; give reward= a reward model, a registered name or a function")
+        self.live: Any = SimpleNamespace(**method.start_values(context.spec))
+        self.judge = Judge(method, context, self.live, self.device)
 
         self.module.to(self.device)
         self.reference.to(self.device)
@@ -150,7 +159,6 @@ class OnlineTrainer:
         # accelerate switches prepared modules to train mode.
         self.model.eval()
 
-        self.live: Any = SimpleNamespace(**method.start_values())
         self.moments = RunningMoments()
         self.step = 0
         """Optimizer steps taken."""
@@ -159,6 +167,7 @@ class OnlineTrainer:
         self._between_rollouts = True
         self._checkpointed = 0
         self.samples = SampleTable(self)
+        self.reference_said = ReferenceSaid(self)
 
     def make_sampler(self, trunk: Any, head: Any) -> TransformersSampler:
         ends = end_tokens(self.module.policy, self.tokenizer)
@@ -173,7 +182,8 @@ class OnlineTrainer:
                 f"{max_length} tokens; lower it"
             )
         ids = [data.prompt_ids(row["prompt"], self.tokenizer) for row in self.context.rows]
-        kept = [i for i, tokens in enumerate(ids) if 0 < len(tokens) <= room]
+        fits = [0 < len(tokens) <= room for tokens in ids]
+        kept = [i for i, fit in enumerate(fits) if fit]
         if not kept:
             raise DataError(
                 f"{self.method.name}: none of {len(ids)} prompts has between 1 and {room} tokens, what "
@@ -187,12 +197,23 @@ class OnlineTrainer:
             )
         self.rows = [self.context.rows[i] for i in kept]
         self.prompt_ids = [ids[i] for i in kept]
+        sizes, weights, first = [], [], 0
+        for count, weight in self.context.mixture or ((len(ids), 1.0),):
+            sizes.append(sum(fits[first : first + count]))
+            weights.append(weight)
+            first += count
+        if not all(sizes):
+            raise DataError(
+                f"{self.method.name}: a part of the mixture has no prompt of at most {room} tokens; leave it out"
+            )
+        self.prompt_order = PromptOrder(self.method.seed, sizes, weights)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         loop = self.context.control
-        loop.bind([self._bound(live) for live in self.method.live])
+        loop.bind([self._bound(live) for live in self.method.live_in(self.context.spec)])
+        loop.rewards = self.judge
         loop.on_idle = self._serve
         loop.on_change = self._hold_controller
         if self.context.resume_from is not None:
@@ -304,16 +325,10 @@ class OnlineTrainer:
     # --- a rollout --------------------------------------------------------------------------------------------------
 
     def prompt_indices(self) -> list[int]:
-        """Which prompt each global row of this rollout completes: passes over all prompts, each in its own order."""
-        n, each = len(self.rows), self.method.samples_per_prompt
+        """Which prompt each global row of this rollout completes."""
+        each = self.method.samples_per_prompt
         P = self.method.rollout_batch_size // each
-        indices, orders = [], {}
-        for g in range(self.rollouts * P, (self.rollouts + 1) * P):
-            epoch, at = divmod(g, n)
-            if epoch not in orders:
-                orders[epoch] = np.random.default_rng([self.method.seed, epoch]).permutation(n)
-            indices += [int(orders[epoch][at])] * each
-        return indices
+        return [row for row in self.prompt_order(self.rollouts * P, P) for _ in range(each)]
 
     def collect(self) -> tuple[Rollout, dict[str, float]]:
         """Sample and score this rank's rows, read the reference and the values, and put the ranks' parts together."""
@@ -326,14 +341,16 @@ class OnlineTrainer:
         sampled = self.sampler.sample(prompts, noise, temperature=temperature)
         sampled_at = time.perf_counter()
         texts = self.texts(sampled.tokens_BT, sampled.mask_BT)
-        score, gold = self.judge([self.rows[indices[row]] for row in mine], texts)
+        asked = [self.rows[indices[row]] for row in mine]
+        score, gold = self.judge.rollout(self.rollouts, asked, texts), self.judge.golds(asked, texts)
+        references = self._reference_scores([indices[row] for row in mine])
         scored_at = time.perf_counter()
 
         tokens_BP, seen_BP = pad_left(prompts, self.tokenizer.pad_token_id, self.device)
         tokens_BL = torch.cat([tokens_BP, sampled.tokens_BT], 1)
         attention_mask_BL = torch.cat([seen_BP, sampled.mask_BT], 1)
         reference, values = [], []
-        for rows in torch.arange(len(mine), device=self.device).split(self._micro(len(mine))):
+        for rows in torch.arange(len(mine), device=self.device).split(self.micro(len(mine))):
             part = (tokens_BL[rows], attention_mask_BL[rows], sampled.mask_BT[rows])
             there = self.reference.logprobs(*part, temperature=temperature)
             reference.append(sampled.behavior_logprobs_BT[rows] if there is None else there)
@@ -347,13 +364,15 @@ class OnlineTrainer:
                 "behavior": sampled.behavior_logprobs_BT,
                 "reference": torch.cat(reference),
                 "values": torch.cat(values),
-                "score": score,
+                "scores": score,
+                "reference_scores": references,
                 "gold": gold,
                 "ended": sampled.ended_B,
             },
             temperature,
         )
         self._notice_cut(rollout)
+        self._notice_constant(rollout)
         if self.method.score_normalisation == "running":
             self.moments.add(rollout.score_B)
             rollout = replace(rollout, score_shift=self.moments.mean, score_spread=self.moments.spread)
@@ -367,14 +386,15 @@ class OnlineTrainer:
         rows = [t[m].tolist() for t, m in zip(tokens_BT, mask_BT, strict=True)]
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
-    def judge(self, rows: Sequence[dict[str, Any]], completions: list[str]) -> tuple[list[float], list[float] | None]:
-        """Scores by the reward and by gold; the columns that all rows have go along."""
-        assert self.score is not None
-        shared = set.intersection(*(set(row) for row in rows)) - {"prompt"}
-        columns = {name: [row[name] for row in rows] for name in sorted(shared)}
-        prompts = [row["prompt"] for row in rows]
-        score = self.score(prompts, completions, **columns)
-        return score, self.gold(prompts, completions, **columns) if self.gold is not None else None
+    def _reference_scores(self, indices: list[int]) -> list[list[list[float]]] | None:
+        """(B, R, M) scores of what the reference says to each prompt; None where nothing is compared with it."""
+        R = self.method.preference_references
+        if not R:
+            return None
+        said = self.reference_said(indices)
+        rows = [self.rows[index] for index in indices for _ in range(R)]
+        scores_NM = self.judge.scores(rows, [text for texts in said for text in texts])
+        return [scores_NM[at : at + R] for at in range(0, len(scores_NM), R)]
 
     def _gather(self, part: dict[str, Any], temperature: float) -> Rollout:
         """All ranks' parts as one rollout, the same bits on every rank."""
@@ -389,7 +409,10 @@ class OnlineTrainer:
         def padded(name: str) -> Tensor:
             return torch.stack([torch.nn.functional.pad(row, (0, T - len(row))) for row in whole(name)]).to(self.device)
 
-        dtype = parts[0]["behavior"].dtype
+        def numbers(name: str) -> Tensor:
+            return torch.tensor(whole(name), dtype=parts[0]["behavior"].dtype, device=self.device)
+
+        scores_BM = numbers("scores")
         tokens_BP, seen_BP = pad_left(whole("prompts"), self.tokenizer.pad_token_id, self.device)
         mask_BT = padded("mask")
         return Rollout(
@@ -399,8 +422,12 @@ class OnlineTrainer:
             behavior_logprobs_BT=padded("behavior"),
             reference_logprobs_BT=padded("reference"),
             values_BT=padded("values"),
-            score_B=torch.tensor(whole("score"), dtype=dtype, device=self.device),
-            gold_B=torch.tensor(whole("gold"), dtype=dtype, device=self.device) if self.gold is not None else None,
+            score_B=self.judge.combined(scores_BM),
+            parts_BM=scores_BM,
+            reference_score_BR=self.judge.combined(numbers("reference_scores"))
+            if self.method.preference_references
+            else None,
+            gold_B=numbers("gold") if self.judge.gold is not None else None,
             ended_B=torch.stack(whole("ended")).to(self.device),
             temperature=temperature,
         )
@@ -414,6 +441,19 @@ class OnlineTrainer:
                 "all_truncated",
                 f"every completion of rollout {self.rollouts} was cut at max_new_tokens={self.method.max_new_tokens}; "
                 f"raise it, or give missing_eos_penalty",
+                "warning",
+            )
+
+    _said_constant = False
+
+    def _notice_constant(self, rollout: Rollout) -> None:
+        """One score for everything leads nowhere, and what moves the policy then is noise."""
+        if not self._said_constant and len(rollout.score_B) > 1 and (rollout.score_B == rollout.score_B[0]).all():
+            self._said_constant = True
+            self.emit.notice(
+                "reward_constant",
+                f"every completion of rollout {self.rollouts} got the score {rollout.score_B[0].item():g}: there is "
+                f"nothing to learn from it; try the reward on a few completions",
                 "warning",
             )
 
@@ -434,6 +474,10 @@ class OnlineTrainer:
             values["value/explained_variance"] = _explained(rollout.values_BT[mask_BT], credit.returns_BT[mask_BT])
         if self.method.temperature_end is not None:
             values["objective/temperature"] = rollout.temperature
+        if rollout.parts_BM is not None and rollout.parts_BM.shape[1] > 1:
+            means = rollout.parts_BM.mean(0).tolist()
+            values |= {f"reward_part/{name}": mean for name, mean in zip(self.judge.names, means, strict=True)}
+            values["reward/disagreement"] = rollout.parts_BM.std(1, correction=0).mean().item()
         if rollout.gold_B is not None:
             values["reward/gold"] = rollout.gold_B.mean().item()
         self.emit.metric(self.step + 1, values, rollout=self.rollouts)
@@ -460,7 +504,7 @@ class OnlineTrainer:
                 mine = rows[self.context.rank :: self.context.world_size]
                 yield whole.rows(mine), int(rollout.mask_BT[rows].sum())
 
-    def _micro(self, rows: int) -> int:
+    def micro(self, rows: int) -> int:
         return min(self.method.micro_batch_size or rows, rows)
 
     def update(self, batch: Minibatch, tokens: int, temperature: float) -> dict[str, float]:
@@ -471,7 +515,11 @@ class OnlineTrainer:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        parts = torch.arange(len(batch.mask_BT), device=self.device).split(self._micro(len(batch.mask_BT)))
+        pretraining = None
+        if self.pretraining is not None and self.live.ptx_coef > 0:
+            with self.accelerator.no_sync(self.model):
+                pretraining = self.pretraining.backward()
+        parts = torch.arange(len(batch.mask_BT), device=self.device).split(self.micro(len(batch.mask_BT)))
         for index, rows in enumerate(parts):
             part = batch.rows(rows).trimmed()
             if index + 1 < len(parts):
@@ -480,6 +528,8 @@ class OnlineTrainer:
             else:
                 self._backward(part, tokens, temperature, sums)
         metrics = self._reduce(sums, tokens)
+        if pretraining is not None:
+            metrics["loss/pretraining"] = self.accelerator.reduce(pretraining, reduction="sum").item()
         metrics["optimizer/grad_norm"] = self._clip()
         metrics["optimizer/learning_rate"] = rate
         self._check(metrics, batch, temperature)

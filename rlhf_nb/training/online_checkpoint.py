@@ -35,6 +35,8 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
     distributed.barrier()
     with storage_errors(scratch):
         torch.save(_generators(), scratch / f"generators-{trainer.context.rank}.pt")
+        if said := trainer.reference_said.state():
+            (scratch / f"reference-said-{trainer.context.rank}.json").write_text(json.dumps(said), encoding="utf-8")
         if trainer.context.is_main:
             # Only what trains: the rest is read from where the policy came from.
             weights = {n: p.detach().cpu() for n, p in trainer.module.named_parameters() if p.requires_grad}
@@ -43,7 +45,12 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
             if trainer.method.reference == "ema":
                 save_file({n: p.detach().cpu() for n, p in trainer.reference.state().items()}, scratch / REFERENCE)
             counters: dict[str, Any] = {"step": step, "rollouts": trainer.rollouts, "said_cut": trainer._said_cut}
-            counters |= {"live": vars(trainer.live), "moments": trainer.moments.state()}
+            counters["said_constant"] = trainer._said_constant
+            counters |= {
+                "live": vars(trainer.live),
+                "moments": trainer.moments.state(),
+                "rewards": trainer.judge.state(),
+            }
             (scratch / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
     distributed.barrier()
     if trainer.context.is_main:
@@ -72,9 +79,13 @@ def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
         _restore(torch.load(generators, weights_only=True))
     counters = json.loads((path / "counters.json").read_text(encoding="utf-8"))
     trainer._said_cut = counters["said_cut"]
+    trainer._said_constant = counters.get("said_constant", False)
     # The controller moves kl_coef without an event: what the events tell of it is older.
     vars(trainer.live).update(counters.get("live", {}))
     trainer.moments.load(counters.get("moments"))
+    trainer.judge.load_state(counters.get("rewards", []))
+    if (said := path / f"reference-said-{trainer.context.rank}.json").exists():
+        trainer.reference_said.load_state(json.loads(said.read_text(encoding="utf-8")))
     if (path / REFERENCE).exists():
         with torch.no_grad():
             for name, weight in load_file(path / REFERENCE).items():

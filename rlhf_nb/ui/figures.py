@@ -16,7 +16,7 @@ TETHER_SERIES = {
 }
 """What the tether view draws; of each, the first that the run has."""
 
-_FIRST = ("reward", "gold", "kl", "loss", "pairs", "implicit_reward", "policy", "completion")
+_FIRST = ("reward", "reward_part", "gold", "kl", "loss", "pairs", "implicit_reward", "policy", "completion")
 _LAST = ("optimizer", "data", "time")
 _KNOWN = {name: position for position, name in enumerate(GLOSSARY)}
 

@@ -187,6 +187,20 @@ def test_it_moves_to_the_gibbs_policy_of_the_reward_that_its_docstring_names(wor
     assert worst(policy, kl.gibbs(reference, moved(world.rewards(), mask, ended), 0.25), reference) <= SHARE
 
 
+def test_preference_as_reward_moves_to_the_gibbs_policy_of_the_chance_to_be_preferred(monkeypatch, world):
+    """Three completions of the reference for each prompt, the same ones throughout, as a run keeps them."""
+    beta, rewards = 0.1, world.rewards()
+    references = rewards[:, :3]
+    chance = torch.sigmoid(rewards[:, :, None] - references[:, None]).mean(-1)
+    genuine = PPO.penalised
+    row_references = references.repeat_interleave(rewards.shape[1], 0)
+    monkeypatch.setattr(
+        PPO, "penalised", lambda self, r, live: genuine(self, replace(r, reference_score_BR=row_references), live)
+    )
+    policy, plain, reference = optimise(ppo(beta, preference_references=3), world)
+    assert worst(policy, kl.gibbs(reference, chance, beta), reference) <= SHARE < worst(policy, plain, reference)
+
+
 @pytest.mark.parametrize(("T", "least", "most"), [(1, 0.0, SHARE), (2, 2 * SHARE, 0.05)])
 def test_a_token_entropy_bonus_leads_to_the_optimum_of_the_sequence_bonus_only_for_one_token(
     make_world, T, least, most

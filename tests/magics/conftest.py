@@ -27,7 +27,8 @@ class Shell:
         return result.result
 
     def complete(self, text: str) -> list[str]:
-        return list(self.shell.complete(text, text, len(text))[1])
+        # As a kernel asks for it: the word is cut out of the line by IPython.
+        return list(self.shell.complete(None, text, len(text))[1])
 
 
 @pytest.fixture

@@ -148,7 +148,9 @@ def test_the_advantage_without_a_value_model_is_score_less_group_mean_less_the_k
         ended_B=torch.tensor([True, True]), temperature=1.0,
     )  # fmt: skip
     method = PPO(kl_coef=0.2, value_model="none", samples_per_prompt=2, whiten_advantages=False)
-    credit = method.credit(rollout, SimpleNamespace(**method.start_values()))
+    credit = method.credit(
+        rollout, SimpleNamespace(**dict.fromkeys(("length_penalty", "kl_coef"), 0.0) | {"kl_coef": 0.2})
+    )
     # k1 = 0.5 and 0.25; the group's mean is 2: 1 − 0.2·(0.5 + 0.25) = 0.85, 1 − 0.2·0.25 = 0.95, and −1.
     torch.testing.assert_close(credit.advantages_BT, torch.tensor([[0.85, 0.95], [-1.0, 0.0]]))
     # What is optimised is reported without the baseline.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import rlhf_nb as rl
-from rlhf_nb.errors import DataError
-from rlhf_nb.stages.resolve import resolve_data
+from rlhf_nb.errors import DataError, SpecError
+from rlhf_nb.stages.resolve import resolve_data, resolve_reward
 
 
 @pytest.fixture
@@ -29,3 +29,22 @@ def test_pairs_serve_as_thumbs_and_rankings_as_pairs(ws):
 def test_demonstrations_out_of_pairs_are_asked_for_and_not_assumed(ws):
     with pytest.raises(DataError, match="holds pairs, and sft trains on demonstrations"):
         resolve_data(ws, "toy-pairs", verb="sft", rows="demonstrations")
+
+
+def test_rewards_are_named_as_a_list_as_a_dict_and_as_text(ws):
+    ws.reward_function("flat", "def flat(prompts, completions, **columns):\n    return [0.0 for _ in completions]")
+    for value in (["toy-true", "flat"], {"toy-true": 1, "flat": 1.0}, "toy-true, flat", "toy-true=1,flat=1"):
+        combined = resolve_reward(ws, value, verb="ppo")
+        assert [(part.name, part.weight) for part in combined.parts] == [("toy-true", 1.0), ("flat", 1.0)]
+    assert resolve_reward(ws, ["flat"], verb="ppo") == resolve_reward(ws, "flat", verb="ppo")
+
+
+def test_prompts_are_mixed_by_their_shares(ws):
+    mine = ws.add_data([{"prompt": "p", "chosen": "a", "rejected": "b"}], name="mine", kind="pairs")
+    mixed = resolve_data(ws, {"toy-prompts": 3, mine.name: 1}, verb="ppo", rows="prompts")
+    assert [(part.weight, part.data.name) for part in mixed.parts] == [(3.0, "toy-prompts"), (1.0, "mine")]
+    for bad, says in (({"toy-prompts": 0, "mine": 1}, "a share is a number above 0"), ({"mine": 1}, "needs no share")):
+        with pytest.raises(SpecError, match=says):
+            resolve_data(ws, bad, verb="ppo", rows="prompts")
+    with pytest.raises(SpecError, match="only prompts are drawn in shares"):
+        resolve_data(ws, {"toy-pairs": 1, "mine": 1}, verb="dpo", rows="pairs")

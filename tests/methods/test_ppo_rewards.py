@@ -1,0 +1,274 @@
+"""Several rewards, Preference As Reward, another reward in flight, and rewards that misbehave, as they run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_nb.compute.rundir import EventWriter, append_line
+from rlhf_nb.data.rows import content_hash, encode_rows
+from rlhf_nb.errors import RewardError, SpecError
+from rlhf_nb.maths.rewards import combine
+from rlhf_nb.methods.ppo import PPO
+from rlhf_nb.protocol.control import SetCoefficient, SetReward
+from rlhf_nb.protocol.fold import RunFold
+from rlhf_nb.protocol.spec import BlobData, CombinedReward, DataPart, FunctionReward, MixedData, RewardPart, RunSpec
+from rlhf_nb.training import checkpoints
+from rlhf_nb.training.prompt_order import PromptOrder
+
+ROWS = [{"prompt": p} for p in ("Who?", "Where is it?", "When do they open?", "Is it far?", "Why?", "How?")]
+CONFIG = {
+    "max_steps": 8, "rollout_batch_size": 4, "batch_size": 2, "num_ppo_epochs": 1, "max_new_tokens": 6,
+    "max_length": 80, "sample_every": 0, "learning_rate": 1e-2, "kl_coef": 0.2,
+}  # fmt: skip
+
+
+def function(name: str, value: str) -> FunctionReward:
+    source = f"def {name}(prompts, completions):\n    return [{value} for text in completions]"
+    return FunctionReward(name=name, source=source)
+
+
+LETTERS = function("letters", "sum(c.isascii() and c.isalpha() for c in text) / 4")
+VOWELS = function("vowels", "10 + sum(c in 'aeiou' for c in text)")
+COUNT_RARE = FunctionReward(
+    name="rare", source="def rare(prompts, completions):\n    return [float(p == 'Rare?') for p in prompts]"
+)
+BOTH = CombinedReward(parts=(RewardPart(reward=LETTERS), RewardPart(reward=VOWELS, weight=-0.5)))
+
+
+@pytest.fixture
+def ppo(job, tiny_model_maker, monkeypatch) -> Callable[..., Any]:
+    job.model = tiny_model_maker("still", dropout=0.0)
+
+    def start(
+        name: str = "run", *, reward: Any = LETTERS, pretraining=None, controls=(), after_step_1=None, **knobs: Any
+    ) -> Any:
+        config = {**CONFIG, **knobs}
+        place = job.prepare("ppo", ROWS, name=name, config=config, reward=reward, pretraining=pretraining)
+        for control in controls:
+            append_line(place.control_path, control.model_dump(mode="json"))
+        with monkeypatch.context() as patch:
+            if after_step_1 is not None:
+                patch.setattr(EventWriter, "write", asking(place, after_step_1))
+            return job.run(place)
+
+    start.job = job
+    return start
+
+
+def asking(place: Any, control: Any) -> Any:
+    """A writer of events during which a person asks for something, once step 1 is logged."""
+    write = EventWriter.write
+
+    def written(self: EventWriter, event: Any) -> Any:
+        if event.kind == "metric" and event.step == 1 and "loss" in event.values:
+            append_line(place.control_path, control.model_dump(mode="json"))
+        return write(self, event)
+
+    return written
+
+
+def fold(place) -> RunFold:
+    folded = RunFold()
+    for event in place.events():
+        folded.add(event)
+    return folded
+
+
+def rollouts(place) -> list[dict[str, float]]:
+    return [row for row in fold(place).table() if "reward/mean" in row]
+
+
+# --- several rewards --------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_logged_and_the_score_is_their_weighted_sum(ppo):
+    place = ppo(reward=BOTH)
+    for row in rollouts(place):
+        assert row["reward/score"] == pytest.approx(row["reward_part/letters"] - 0.5 * row["reward_part/vowels"])
+    assert fold(place).coefficients["reward_weight/vowels"].value == -0.5
+
+
+def test_a_weight_that_is_moved_weighs_from_the_rollout_of_its_effective_step(ppo):
+    later = [SetCoefficient(name="reward_weight/vowels", value=-1.5, who="mira")]
+    place = ppo(reward=BOTH, controls=later)
+    (change,) = fold(place).changes
+    assert (change.name, change.old, change.new, change.effective_step) == ("reward_weight/vowels", -0.5, -1.5, 1)
+    for row in rollouts(place):
+        assert row["reward/score"] == pytest.approx(row["reward_part/letters"] - 1.5 * row["reward_part/vowels"])
+
+
+@pytest.mark.parametrize("by", ["mean", "min", "mean_minus_std"])
+def test_an_ensemble_is_the_formula_of_its_knob(ppo, by):
+    """Scores of single completions, from the journal: the mean over them must be what was logged."""
+    place = ppo(reward=BOTH, combine_rewards=by, reward_std_coef=0.5, max_steps=2)
+    lines = [json.loads(line) for line in (place.path / "rewards-0.jsonl").read_text().splitlines()]
+    letters, vowels = (list(line["scores"].values()) for line in lines[:2])
+    scores = torch.tensor([letters, vowels], dtype=torch.float64).T
+    expected = combine(scores, torch.tensor([1.0, -0.5], dtype=torch.float64), by, std_coef=0.5).mean().item()
+    assert rollouts(place)[0]["reward/score"] == pytest.approx(expected, rel=1e-5)
+    spread = statistics.mean(abs(a - b) / 2 for a, b in zip(letters, vowels, strict=True))
+    assert rollouts(place)[0]["reward/disagreement"] == pytest.approx(spread, rel=1e-5)
+
+
+def test_a_way_to_combine_without_anything_to_combine_is_refused(ppo):
+    spec = RunSpec(run_id="x", workspace_id="x", method="ppo", config={}, reward=LETTERS, created=0.0)
+    with pytest.raises(SpecError, match="combine_rewards=min needs several rewards"):
+        PPO(combine_rewards="min").check(spec)
+
+
+# --- Preference As Reward ---------------------------------------------------------------------------------------------
+
+
+def test_preference_as_reward_optimises_a_chance_and_keeps_the_kl(ppo):
+    place = ppo(preference_references=3, reward=VOWELS)
+    for row in rollouts(place):
+        kl = row["objective/kl_coef"] * row["kl/policy_reference"]
+        assert 0 < row["reward/mean"] + kl < 1
+    # The proxy itself stays on view, in its own unit.
+    assert any(row["reward/score"] > 1 for row in rollouts(place))
+
+
+def test_what_the_reference_said_is_compared_with_again_after_a_restart(ppo):
+    whole = ppo("whole", preference_references=2, max_steps=8)
+    half = ppo("half", preference_references=2, max_steps=8, checkpoint_every=4)
+    again = ppo.job.run(half, attempt=2, resume_from=half.path / "checkpoints" / "checkpoint-4")
+    assert [r.values for r in fold(again).rows if "loss" in r.values][-1]["loss"] == (
+        [r.values for r in fold(whole).rows if "loss" in r.values][-1]["loss"]
+    )
+    said = checkpoints.latest(half.path)
+    assert said is not None and (said / "reference-said-0.json").exists()
+
+
+# --- another reward in flight -----------------------------------------------------------------------------------------
+
+
+def test_a_reward_is_replaced_at_a_rollout_and_its_scores_are_anchored(ppo):
+    # Asked for while the first rollout is updated on: in force at the second.
+    place = ppo(after_step_1=SetReward(part="letters", reward=VOWELS, who="mira", why="fresh labels"))
+    (change,) = fold(place).rewards
+    assert (change.part, change.old, change.new, change.effective_step) == ("letters", "letters", VOWELS, 3)
+    lines = [json.loads(line)["scores"] for line in (place.path / "rewards-0.jsonl").read_text().splitlines()]
+    # The shift carries the mean of the old scores over to the new ones, on the same completions.
+    before = rollouts(place)[0]["reward/score"]
+    after = statistics.mean(lines[1].values()) + change.shift
+    assert rollouts(place)[1]["reward/score"] == pytest.approx(after, rel=1e-5)
+    assert change.shift == pytest.approx(before - 10, abs=3) and change.shift != 0
+
+
+def test_a_replaced_reward_stays_replaced_over_a_restart(ppo):
+    def run(name, **knobs):
+        return ppo(name, after_step_1=SetReward(part="letters", reward=VOWELS, id="the-change"), **knobs)
+
+    whole = run("whole")
+    for checkpoint in (2, 4):
+        place = run(f"from-{checkpoint}", checkpoint_every=2)
+        ppo.job.run(place, attempt=2, resume_from=place.path / "checkpoints" / f"checkpoint-{checkpoint}")
+        assert [c.shift for c in fold(place).rewards] == [c.shift for c in fold(whole).rewards]
+        assert [{k: v for k, v in row.items() if not k.startswith("time/")} for row in fold(place).table()] == [
+            {k: v for k, v in row.items() if not k.startswith("time/")} for row in fold(whole).table()
+        ]
+
+
+def test_a_reward_that_cannot_be_put_in_is_refused_and_the_old_one_goes_on(ppo):
+    broken = FunctionReward(name="broken", source="raise ValueError('no')")
+    asked = [SetReward(part="letters", reward=broken), SetReward(part="missing", reward=VOWELS)]
+    place = ppo(controls=asked)
+    reasons = [event.reason for event in place.events() if event.kind == "control_refused"]
+    assert any('no part of the reward is called "missing"; it has: letters' in reason for reason in reasons)
+    assert any("reward broken: its source does not run: ValueError: no" in reason for reason in reasons)
+    assert not fold(place).rewards and len(rollouts(place)) == 4
+
+
+# --- rewards that misbehave -------------------------------------------------------------------------------------------
+
+
+def test_a_reward_that_hangs_is_ended_at_its_limit(ppo):
+    slow = FunctionReward(
+        name="slow", source="def slow(prompts, completions):\n    while True:\n        try:\n            "
+        "sum(range(1000))\n        except ZeroDivisionError:\n            pass",
+    )  # fmt: skip
+    with pytest.raises(RewardError, match=r"reward slow: no answer within reward_timeout=0\.5 s"):
+        ppo(reward=slow, reward_timeout=0.5)
+
+
+def test_one_score_for_everything_is_said_once(ppo):
+    place = ppo(reward=function("flat", "1.0"))
+    (notice,) = [n for n in fold(place).notices if n.code == "reward_constant"]
+    assert "got the score 1" in notice.text
+
+
+def test_what_a_reward_said_is_not_asked_again_after_a_restart(ppo, tmp_path):
+    """A reward that draws lots: the rollouts after a checkpoint are scored again as they were."""
+    calls = tmp_path / "calls"
+    lots = FunctionReward(
+        name="lots",
+        source="def lots(prompts, completions):\n    import os\n"
+        f"    with open({str(calls)!r}, 'a') as f: f.write('x')\n"
+        "    return [int.from_bytes(os.urandom(2), 'big') / 65536 for text in completions]",
+    )
+    place = ppo("lots", reward=lots, checkpoint_every=2)
+    first = [row["reward/score"] for row in rollouts(place)]
+    asked = len(calls.read_text())
+    ppo.job.run(place, attempt=2, resume_from=place.path / "checkpoints" / "checkpoint-4")
+    assert [row["reward/score"] for row in rollouts(place)] == first
+    assert len(calls.read_text()) == asked == 4
+
+
+# --- pretraining rows and mixtures ------------------------------------------------------------------------------------
+
+
+def pretraining(ppo, n: int = 6) -> BlobData:
+    rows = [{"prompt": f"Say {i}.", "completion": "It is far."} for i in range(n)]
+    (ppo.job.root / f"{content_hash(rows)}.jsonl").write_bytes(encode_rows(rows))
+    return BlobData(content_hash=content_hash(rows), row_kind="demonstrations", n=n, name="kept")
+
+
+def test_pretraining_rows_are_kept_likely(ppo):
+    kept = pretraining(ppo)
+    losses = {}
+    for coef in (1e-6, 3.0):
+        place = ppo(f"ptx-{coef}", pretraining=kept, ptx_coef=coef, learning_rate=3e-3, max_steps=12)
+        losses[coef] = [row["loss/pretraining"] for row in fold(place).table() if "loss/pretraining" in row]
+    assert losses[1e-6][0] == losses[3.0][0]
+    assert losses[3.0][-1] < losses[1e-6][-1] - 0.5
+
+
+def test_ptx_coef_is_live_and_weighs_the_gradient_at_its_step(ppo):
+    """At its step the policy is what it was without it; the gradient is not."""
+    kept = pretraining(ppo)
+    still = ppo("still", pretraining=kept, ptx_coef=0.5)
+    moved = ppo("moved", pretraining=kept, ptx_coef=0.5, after_step_1=SetCoefficient(name="ptx_coef", value=5.0))
+    step = fold(moved).changes[0].effective_step
+    before, after = ({row["step"]: row for row in fold(place).table()} for place in (still, moved))
+    assert before[step]["loss/pretraining"] == after[step]["loss/pretraining"]
+    assert before[step]["optimizer/grad_norm"] != after[step]["optimizer/grad_norm"]
+    assert before[step - 1]["optimizer/grad_norm"] == after[step - 1]["optimizer/grad_norm"]
+
+
+def test_a_mixture_holds_its_shares_at_every_moment_and_goes_through_each_source():
+    order = PromptOrder(0, [3, 50], [1.0, 3.0])
+    rows = order(0, 200)
+    for n in range(1, 201):
+        assert abs(sum(row < 3 for row in rows[:n]) - n / 4) <= 1
+    # A pass takes each row once; a restart in the middle takes the same.
+    large = [row for row in rows if row >= 3]
+    assert sorted(large[:50]) == list(range(3, 53)) and sorted(large[50:100]) == list(range(3, 53))
+    assert PromptOrder(0, [3, 50], [1.0, 3.0])(120, 80) == rows[120:]
+
+
+def test_prompts_of_a_mixture_are_drawn_by_their_shares_not_their_sizes(ppo):
+    rows = [{"prompt": "Rare?"}]
+    (ppo.job.root / f"{content_hash(rows)}.jsonl").write_bytes(encode_rows(rows))
+    rare = BlobData(content_hash=content_hash(rows), row_kind="prompts", n=1, name="rare")
+    place = ppo.job.prepare("ppo", ROWS, config=CONFIG, reward=COUNT_RARE)
+    spec = place.spec()
+    mixed = MixedData(parts=(DataPart(data=spec.data, weight=1.0), DataPart(data=rare, weight=1.0)))
+    place.spec_path.write_text(spec.model_copy(update={"data": mixed}).model_dump_json())
+    ppo.job.run(place)
+    assert [row["reward/score"] for row in rollouts(place)] == [0.5] * 4
