@@ -52,7 +52,7 @@ lab: $(RUN_READY)
 	@mkdir -p rlhf-quickstart
 	@for f in notebooks/*.ipynb; do [ -e "rlhf-quickstart/$${f##*/}" ] || cp "$$f" rlhf-quickstart/; done
 	@echo "notebooks: $(CURDIR)/rlhf-quickstart (copies; delete one to get it afresh)"
-	$(BIN)/jupyter lab $(ROOT_FLAG) --notebook-dir=rlhf-quickstart rlhf-quickstart/00_quickstart.ipynb $(LAB_ARGS)
+	$(BIN)/jupyter lab $(ROOT_FLAG) --notebook-dir=rlhf-quickstart --LabApp.default_url=/lab/tree/00_quickstart.ipynb $(LAB_ARGS)
 
 demo: $(RUN_READY)
 	@rm -rf build/demo && mkdir -p build/demo && cp notebooks/*.ipynb build/demo/

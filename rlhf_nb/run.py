@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from rlhf_nb.errors import (
     did_you_mean,
 )
 from rlhf_nb.protocol import control as controls
-from rlhf_nb.protocol.events import TERMINAL, AnyEvent, RewardReplaced, Samples
+from rlhf_nb.protocol.events import EFFECTIVE_ENOUGH, TERMINAL, AnyEvent, Previewed, RewardReplaced, Samples
 from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import CombinedReward, ModelReward, RunModel, RunSpec, describe, reward_parts
 
@@ -45,7 +47,7 @@ class Applied:
         return f"{self.name} {self.old:g} → {self.new:g} at step {self.step}"
 
 
-Answer = Applied | RewardReplaced | Samples | int
+Answer = Applied | RewardReplaced | Previewed | Samples | int
 
 
 class Pending:
@@ -58,8 +60,8 @@ class Pending:
         """Wait until it is in force.
 
         Returns:
-            `Applied` for a coefficient, the `reward_replaced` event for a reward, the `samples` event for a sample,
-            else the step at which it was read.
+            `Applied` for a coefficient; for a reward, a preview or a sample its event (`reward_replaced`, `previewed`,
+            `samples`); else the step at which it was read.
 
         Raises:
             UnavailableError: The run refused, with its reason.
@@ -99,6 +101,8 @@ class Pending:
                 for replaced in fold.rewards:
                     if replaced.id == self.id:
                         return replaced
+            case controls.Preview():
+                return self._preview(fold)
             case controls.Sample():
                 for samples in fold.samples:
                     if samples.request_id == self.id:
@@ -106,6 +110,18 @@ class Pending:
             case _:
                 return fold.acknowledged.get(self.id)
         return None
+
+    def _preview(self, fold: RunFold) -> Previewed | None:
+        found = fold.previews.get(self.id)
+        for one in found.predictions if found and len(found.predictions) == 1 else ():
+            if one.effective < EFFECTIVE_ENOUGH:
+                assert found is not None
+                raise UnavailableError(
+                    f"{self._run.id}: {found.name}={one.value:g} is too far from {found.now:g} to be predicted: "
+                    f"{one.effective:.1f} of {found.samples} completions a prompt carry the answer, and "
+                    f"{EFFECTIVE_ENOUGH:g} are needed; ask nearer, or with more samples"
+                )
+        return found
 
     def __repr__(self) -> str:
         return f"<asked of {self._run.id}: {self.what}>"
@@ -241,6 +257,29 @@ class Run:
             raise SpecError(f'{self.id}: sample needs a prompt: run.sample("Where is the bakery?")')
         return self._ask(controls.Sample(prompts=list(prompts)))
 
+    def preview(
+        self, name: str, value: float, *, values: Sequence[float] = (), prompts: int = 8, samples: int = 16
+    ) -> Pending:
+        """Where the run would settle if a coefficient were moved: nothing is changed by asking.
+
+        The policy completes `prompts` prompts `samples` times; the completions, reweighted by exp(r/β)·π_ref/π, are
+        those of the optimum at β. `.wait()` gives the `previewed` event.
+
+        Args:
+            values: Several at once instead of `value`; those too far away are then answered too, with how little of
+                the sample carries them.
+
+        Raises:
+            SpecError: Not kl_coef, or a value that is not above 0.
+            UnavailableError (from `.wait()`): Too far from what the policy says now to be predicted.
+        """
+        if name != "kl_coef":
+            raise SpecError(f'{self.id}: "{name}" cannot be previewed; kl_coef can')
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise SpecError(f"{self.id}: kl_coef={value!r}: a preview needs a tether, a number above 0")
+        wanted = [float(one) for one in values] or [float(value)]
+        return self._ask(controls.Preview(values=wanted, prompts=prompts, samples=samples))
+
     def resume(self) -> Pending | Run:
         """Continue a paused run; restart a failed or stopped one from its last checkpoint."""
         if self.state in ("failed", "stopped"):
@@ -261,10 +300,37 @@ class Run:
     def wait(self, timeout: float | None = None) -> Run:
         """Wait for the end. Interrupting it detaches; the run goes on.
 
+        It blocks, and in a notebook a cell that blocks keeps sliders waiting; `await run` does not.
+
         Raises:
-            RunFailedError: The run failed; the message says how it died.
+            RunFailedError: The run failed, or paused by itself; the message says why.
             TimeoutError: Not over after `timeout` seconds.
         """
+        try:
+            self._until_over(timeout, threading.Event())
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._detached()) from None
+        return self
+
+    async def wait_async(self, timeout: float | None = None) -> str:
+        """As `wait`, awaited: the kernel goes on hearing its widgets meanwhile. Gives the state it ended in."""
+        given_up = threading.Event()
+        try:
+            return await asyncio.to_thread(self._until_over, timeout, given_up)
+        except asyncio.CancelledError:
+            # What an interrupt of the kernel does to a cell that awaits.
+            raise KeyboardInterrupt(self._detached()) from None
+        finally:
+            given_up.set()
+
+    def __await__(self) -> Generator[Any, None, str]:
+        """`await run` waits for the end, and gives the state it ended in."""
+        return self.wait_async().__await__()
+
+    def _detached(self) -> str:
+        return f"detached from {self.id}; it goes on. %rlhf stop {self.id} would end it"
+
+    def _until_over(self, timeout: float | None, given_up: threading.Event) -> str:
         deadline = None if timeout is None else time.monotonic() + timeout
         over = threading.Event()
         subscription = self.subscribe(
@@ -276,8 +342,10 @@ class Run:
                 if state == "failed":
                     fold = self.fold
                     raise RunFailedError(f"{self.id} failed: {fold.failure.reason if fold.failure else 'see its log'}")
-                if state in TERMINAL:
-                    return self
+                if state in TERMINAL or given_up.is_set():
+                    return state
+                if state == "paused" and self._fold.held:
+                    raise RunFailedError(f"{self.id} is paused: {self._fold.held}")
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(
                         f"{self.id} is {state} after {timeout:g} s; it goes on, wait again with run.wait()"
@@ -285,8 +353,6 @@ class Run:
                 # A subscription wakes this at once; the time-out also catches an agent that was replaced meanwhile.
                 over.wait(1.0 if deadline is None else min(1.0, max(0.01, deadline - time.monotonic())))
                 over.clear()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"detached from {self.id}; it goes on. %rlhf stop {self.id} would end it") from None
         finally:
             subscription.close()
 

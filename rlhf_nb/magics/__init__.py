@@ -14,10 +14,12 @@ ASSIGNED = r"\s*[\w.\[\]'\"]+\s*=\s*%rlhf\b"
 
 def load(shell: InteractiveShell) -> None:
     """Register the magic and its completer; what `%load_ext rlhf_nb` calls."""
+    from rlhf_nb.magics import awaiting
     from rlhf_nb.magics.completion import complete
     from rlhf_nb.magics.magic import RlhfMagic
 
     shell.register_magic_function(RlhfMagic(), "line_cell", "rlhf")
+    awaiting.register(shell)
     for key in ("%rlhf", "%%rlhf"):
         shell.set_hook("complete_command", complete, str_key=key)
     shell.set_hook("complete_command", complete, re_key=ASSIGNED)
@@ -26,7 +28,9 @@ def load(shell: InteractiveShell) -> None:
 def unload(shell: InteractiveShell) -> None:
     """Take the magic away and close its workspace; runs go on."""
     from rlhf_nb import workspace
+    from rlhf_nb.magics import awaiting
 
+    awaiting.unregister(shell)
     for kind in ("line", "cell"):
         shell.magics_manager.magics[kind].pop("rlhf", None)
     for key in ("%rlhf", "%%rlhf"):

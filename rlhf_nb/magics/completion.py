@@ -10,7 +10,7 @@ from rlhf_nb.magics import parser
 from rlhf_nb.protocol.spec import reward_parts
 from rlhf_nb.stages.resolve import NAMED_DATA, NAMED_MODELS
 
-_RUN_VERBS = frozenset({"watch", "set", "pause", "resume", "stop", "checkpoint", "wait", "sample"})
+_RUN_VERBS = frozenset({"watch", "set", "preview", "pause", "resume", "stop", "checkpoint", "wait", "sample"})
 
 
 def complete(shell: Any, event: Any) -> list[str]:
@@ -52,6 +52,8 @@ def candidates(before: list[str]) -> list[str]:
     if verb in _RUN_VERBS:
         if len(before) == 1:
             return _runs()
+        if verb == "preview":
+            return ["kl_coef=", *words.flags()]
         if verb != "set":
             return words.flags()
         return [*(f"{name}=" for name in _coefficients(before[1])), *_slots(before[1])]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_nb import workspace as workspaces
 from rlhf_nb.errors import NotFoundError, RunFailedError, SpecError
-from rlhf_nb.magics import parser
+from rlhf_nb.magics import awaiting, parser
 
 if TYPE_CHECKING:
     from rlhf_nb.run import Run
@@ -33,6 +33,14 @@ class RlhfMagic:
         if verb in parser.CELL_VERBS:
             raise SpecError(f"{verb} is a cell magic: write %%rlhf {verb} NAME, with the function below it")
         return call(verb, parser.parser(verb).parse_args(rest))
+
+    async def wait(self, line: str) -> Any:
+        """`%rlhf wait …`, awaited: see `awaiting.py`."""
+        verb, *rest = parser.split(awaiting.expanded(line))
+        args = parser.parser(verb).parse_args(rest)
+        run = _run(workspaces.current(), args.run)
+        await run.wait_async(args.timeout)
+        return Lines([repr(run)[1:-1]])
 
 
 def help_text() -> str:
@@ -148,6 +156,26 @@ def _set(ws: Workspace, args: argparse.Namespace) -> Any:
     return Lines([str(p.wait()) for p in pending])
 
 
+def _preview(ws: Workspace, args: argparse.Namespace) -> Any:
+    run = ws.run(args.run)
+    pending = [
+        run.preview(name, value, prompts=args.prompts, samples=args.samples)
+        for name, value in parser.assignments(args.assignments, "preview").items()
+    ]
+    found: list[Any] = [one.wait() for one in pending]
+    first = found[0]
+    lines = [f"now      {first.name} {first.now:<8.4g} reward {first.reward:7.3f}  KL {first.kl:6.2f} nats"]
+    lines += [
+        f"settles  {each.name} {one.value:<8.4g} reward {one.reward:7.3f}  KL {one.kl:6.2f} nats  "
+        f"({one.effective:.1f} of {each.samples} completions a prompt carry it)"
+        for each in found
+        for one in each.predictions
+    ]
+    if first.gap is not None:
+        lines.append(f"still to be gained at {first.now:g}: {first.gap:.3f}")
+    return Lines(lines)
+
+
 def _resume(ws: Workspace, args: argparse.Namespace) -> Any:
     run = _run(ws, args.run)
     restarted = run.resume()
@@ -218,6 +246,7 @@ _CALLS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
     "runs": lambda ws, args: ws.runs(),
     "watch": lambda ws, args: _show(_run(ws, args.run)),
     "set": _set,
+    "preview": _preview,
     "pause": _pending("pause"),
     "resume": _resume,
     "stop": _pending("stop"),

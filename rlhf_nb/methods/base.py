@@ -41,6 +41,7 @@ class LiveCoefficient:
     """`update`: in force at the next optimizer step. `rollout`: at the first step of the next rollout."""
     writes: str = ""
     """Dotted path from the trainer to what the loss reads: `trainer.beta`. Empty: the method binds it."""
+    can_preview: bool = False
     unavailable_when: Callable[[Any], str | None] | None = None
     """Given the method, the reason why the value was frozen at construction, or None."""
 
@@ -55,6 +56,7 @@ class LiveCoefficient:
             unit=self.unit,
             meaning=self.meaning,
             unavailable_reason=reason,
+            can_preview=self.can_preview and reason is None,
         )
 
 

@@ -169,6 +169,9 @@ class PPO(Method):
     ptx_coef: float = Field(0.0, ge=0)
     """Weight of the mean negative log-likelihood of `pretraining` rows in the loss, a minibatch of them each step
     (PPO-ptx, arXiv:2203.02155). Moves the optimum towards what those rows say."""
+    on_not_finite: Literal["pause", "fail"] = "pause"
+    """When a loss or gradient is not finite. pause: go back to the last good checkpoint and wait there for a person.
+    fail: end the run."""
     stop_at_score: float | None = None
     """End the run, with its model saved, once a rollout's mean score reaches this."""
     value_model: Literal["own", "policy_trunk", "none"] = "own"
@@ -187,6 +190,7 @@ class PPO(Method):
             unit="score/nat",
             meaning="Price of moving away from the reference. Higher is closer to it.",
             enters="rollout",
+            can_preview=True,
             unavailable_when=without_reference,
         ),
         LEARNING_RATE,
@@ -343,6 +347,14 @@ class PPO(Method):
                 f"ppo: adapter dropout={spec.adapter.dropout} makes the ratio of the policy to itself differ from one; "
                 f"use dropout=0"
             )
+
+    def preview_refusal(self) -> str | None:
+        """Why no preview can be made: it reads the optimum of the objective that kl_coef prices in the reward."""
+        if self.reference != "frozen":
+            return f"reference={self.reference}: there is no fixed reference that an optimum could be told from"
+        if self.kl_in == "loss":
+            return "kl_in=loss: its optimum is not known in closed form; a preview needs kl_in=reward"
+        return None
 
     # --- the maths --------------------------------------------------------------------------------------------------
 

@@ -59,8 +59,19 @@ class Sample(Control):
     prompts: list[str]
 
 
+class Preview(Control):
+    """Ask where other values of a coefficient would lead; the answer is a `previewed` event with this id."""
+
+    op: Literal["preview"] = "preview"
+    name: Literal["kl_coef"] = "kl_coef"
+    values: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(min_length=1, max_length=100)
+    prompts: int = Field(8, gt=0, le=1024)
+    samples: int = Field(16, ge=2, le=1024)
+    """Completions of each prompt."""
+
+
 AnyControl = Annotated[
-    SetCoefficient | SetReward | Pause | Resume | Stop | SaveCheckpoint | Sample, Field(discriminator="op")
+    SetCoefficient | SetReward | Pause | Resume | Stop | SaveCheckpoint | Sample | Preview, Field(discriminator="op")
 ]
 _ADAPTER: TypeAdapter[AnyControl] = TypeAdapter(AnyControl)
 

@@ -35,6 +35,8 @@ class Coefficient(BaseModel):
     meaning: str = ""
     """One line, saying which way is closer to the reference where that applies."""
     unavailable_reason: str | None = None
+    can_preview: bool = False
+    """Whether the run can say where another value would lead."""
 
 
 class Started(Event):
@@ -126,6 +128,43 @@ class RewardReplaced(Event):
     effective_step: int
     who: str = ""
     why: str = ""
+
+
+class Prediction(BaseModel):
+    """Where the run would settle at one value of a coefficient."""
+
+    value: float
+    reward: float
+    """Expected score that is optimised, before the KL."""
+    kl: float
+    """Nats a completion, to the reference."""
+    effective: float
+    """Completions a prompt that carry the answer."""
+
+
+EFFECTIVE_ENOUGH = 4.0
+"""Effective completions a prompt below which a prediction is not to be trusted, and is not shown as one."""
+
+
+class Previewed(Event):
+    """Answer to a preview: nothing was changed."""
+
+    kind: Literal["previewed"] = "previewed"
+    id: str
+    name: str
+    step: int
+    now: float
+    """The value in force."""
+    reward: float
+    """Mean over the completions that were drawn, as the policy is."""
+    kl: float
+    gap: float | None = None
+    """Score still to be gained at the value in force, Var(r − β·log(π/π_ref))/(2β); None at β = 0."""
+    converged: bool = False
+    """The policy is near its optimum, so that the weights were taken from the scores alone."""
+    prompts: int
+    samples: int
+    predictions: list[Prediction]
 
 
 class ControlAcknowledged(Event):
@@ -234,6 +273,7 @@ AnyEvent = Annotated[
     | Samples
     | CoefficientChanged
     | RewardReplaced
+    | Previewed
     | ControlAcknowledged
     | ControlRefused
     | Paused

@@ -22,6 +22,7 @@ from rlhf_nb.protocol.events import (
     ModelSaved,
     Notice,
     Paused,
+    Previewed,
     Result,
     Resumed,
     RewardReplaced,
@@ -62,6 +63,8 @@ class RunFold:
     coefficients: dict[str, Coefficient] = field(default_factory=dict)
     """By name, with the value in effect."""
     changes: list[CoefficientChanged] = field(default_factory=list)
+    previews: dict[str, Previewed] = field(default_factory=dict)
+    """By the id of the control that asked."""
     rewards: list[RewardReplaced] = field(default_factory=list)
     """Rewards that took the place of others."""
     samples: list[Samples] = field(default_factory=list)
@@ -75,6 +78,8 @@ class RunFold:
     refused: dict[str, str] = field(default_factory=dict)
     """Control id → reason."""
     failure: Failed | None = None
+    held: str = ""
+    """Why the run has paused by itself, until it goes on."""
     outcome: str | None = None
 
     @property
@@ -101,6 +106,8 @@ class RunFold:
                     self.coefficients[event.name] = self.coefficients[event.name].model_copy(
                         update={"value": event.new}
                     )
+            case Previewed():
+                self.previews[event.id] = event
             case RewardReplaced():
                 self.rewards.append(event)
             case ControlAcknowledged():
@@ -117,6 +124,8 @@ class RunFold:
                 self.model = event
             case Notice():
                 self.notices.append(event)
+                if event.code == "not_finite":
+                    self.held = event.text
             case Result():
                 self.result = event
                 self.results.append(event)
@@ -147,6 +156,7 @@ class RunFold:
     def _resume(self, event: Resumed) -> None:
         self.state = "running"
         self.attempt = event.attempt
+        self.held = ""
         if event.from_step is None:
             return
         kept = [row for row in self.rows if row.step <= event.from_step]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from rlhf_nb.protocol.events import SampleItem, State
+from rlhf_nb.protocol.events import Prediction, SampleItem, State
 
 
 class Message(BaseModel):
@@ -71,6 +71,7 @@ class Slider(Message):
     asked: float | None = None
     """Asked of the run and not yet in effect."""
     unavailable_reason: str | None = None
+    can_preview: bool = False
 
 
 class Change(Message):
@@ -153,6 +154,22 @@ class ShownSamples(Message):
     items: list[SampleItem]
 
 
+class Foreseen(Message):
+    """Where the run would settle at other values of a coefficient, each a row of equal place."""
+
+    kind: Literal["foreseen"] = "foreseen"
+    name: str
+    step: int
+    now: float
+    reward: float
+    kl: float
+    samples: int
+    """Completions of each prompt."""
+    enough: float
+    """Effective completions below which a row is no prediction."""
+    predictions: list[Prediction]
+
+
 class LogLines(Message):
     kind: Literal["log"] = "log"
     lines: list[str]
@@ -218,6 +235,7 @@ KernelMessage = Annotated[
     | Frame
     | Asset
     | ShownSamples
+    | Foreseen
     | LogLines
     | Said
     | LabelQueue
@@ -276,6 +294,14 @@ class SetAsked(Message):
     why: str = ""
 
 
+class PreviewAsked(Message):
+    """Where would other values lead? Nothing is changed."""
+
+    kind: Literal["preview"] = "preview"
+    name: str
+    values: list[float]
+
+
 class Command(Message):
     kind: Literal["command"] = "command"
     op: Literal["pause", "resume", "stop", "checkpoint"]
@@ -312,6 +338,7 @@ ViewMessage = Annotated[
     | WantLog
     | WantSamples
     | SetAsked
+    | PreviewAsked
     | Command
     | LabelStart
     | LabelSubmitted

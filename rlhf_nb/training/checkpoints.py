@@ -22,11 +22,16 @@ def step_of(path: Path) -> int:
     return int(path.name.rsplit("-", 1)[1])
 
 
-def latest(run_dir: Path) -> Path | None:
-    """The checkpoint with the largest step, or None. One that was being written when its process died is not seen."""
+def newest_first(run_dir: Path) -> list[Path]:
+    """Whole checkpoints. One that was being written when its process died is not among them."""
     folder = run_dir / "checkpoints"
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return max(found, key=step_of, default=None)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The checkpoint with the largest step, or None."""
+    return next(iter(newest_first(run_dir)), None)
 
 
 def publish(run_dir: Path, step: int, written: Path) -> Path:

@@ -15,6 +15,7 @@ from rlhf_nb.errors import RlhfError
 from rlhf_nb.protocol.control import (
     AnyControl,
     Pause,
+    Preview,
     Resume,
     Sample,
     SaveCheckpoint,
@@ -104,6 +105,7 @@ class ControlLoop:
         self.checkpoint_requested: list[str] = []
         """Ids of checkpoint requests that the trainer has yet to serve."""
         self.sample_requests: list[Sample] = []
+        self.preview_requests: list[Preview] = []
 
     def bind(self, coefficients: list[BoundCoefficient]) -> None:
         self._bound = {bound.coefficient.name: bound for bound in coefficients}
@@ -131,6 +133,8 @@ class ControlLoop:
     """Set by a trainer that can serve checkpoint and sample requests while paused."""
     on_change: Callable[[CoefficientChanged], None] | None = None
     """Called after a coefficient that a person asked for was written."""
+    preview_refusal: Callable[[], str | None] | None = None
+    """Set by a trainer that can say where a coefficient would lead; gives the reason where it cannot."""
     rewards: RewardSlots | None = None
     """Set by a trainer whose reward can be replaced between two rollouts."""
     around_pause: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -142,7 +146,9 @@ class ControlLoop:
             time.sleep(POLL_WHILE_PAUSED_S)
             self._take(step)
             # A checkpoint or sample asked for during the pause must not wait for its end.
-            if self.on_idle is not None and (self.checkpoint_requested or self.sample_requests):
+            if self.on_idle is not None and (
+                self.checkpoint_requested or self.sample_requests or self.preview_requests
+            ):
                 self.on_idle()
         if not self.stopping:
             self._emit(Resumed(step=step - 1))
@@ -190,6 +196,12 @@ class ControlLoop:
                     self.checkpoint_requested.append(control.id)
                 case Sample():
                     self.sample_requests.append(control)
+                case Preview():
+                    reason = self.preview_refusal() if self.preview_refusal else "this method has nothing to preview"
+                    if reason:
+                        self._emit(ControlRefused(id=control.id, op=control.op, reason=reason))
+                        continue
+                    self.preview_requests.append(control)
             self._emit(ControlAcknowledged(id=control.id, op=control.op, step=step))
 
     def _refusal(self, control: SetCoefficient) -> str | None:

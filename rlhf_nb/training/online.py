@@ -24,15 +24,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf_nb.errors import ComputeError, DataError, SpecError
+from rlhf_nb.maths import kl
 from rlhf_nb.maths.controllers import RunningMoments, adapted_kl_coef
 from rlhf_nb.maths.masked import masked_sum
-from rlhf_nb.protocol.events import CoefficientChanged
-from rlhf_nb.training import actor_critic, data, distributed, models
+from rlhf_nb.maths.reweighting import gap_variance
+from rlhf_nb.protocol.events import CoefficientChanged, Resumed
+from rlhf_nb.training import actor_critic, checkpoints, data, distributed, models
 from rlhf_nb.training.control import BoundCoefficient
+from rlhf_nb.training.gradient_noise import GradientNoise
 from rlhf_nb.training.judge import Judge
+from rlhf_nb.training.kl_doctor import KLDoctor
 from rlhf_nb.training.online_checkpoint import load_checkpoint, save_checkpoint
 from rlhf_nb.training.online_samples import SampleTable
 from rlhf_nb.training.pretraining import Pretraining
+from rlhf_nb.training.preview import answer as answer_preview
 from rlhf_nb.training.prompt_order import PromptOrder
 from rlhf_nb.training.reference_said import ReferenceSaid
 from rlhf_nb.training.rollout.base import uniforms
@@ -45,6 +50,9 @@ if TYPE_CHECKING:
 
 ADAM_EPS = 1e-5
 """Huang et al. 2024, arXiv:2403.17031, detail 16: torch's 1e-8 lets the first steps of PPO jump."""
+
+
+UPDATE_KL_ROWS = 8
 
 
 class Live(Protocol):
@@ -132,6 +140,14 @@ class TokenLosses:
     """Name → (B, T); the mean over the global minibatch's tokens is logged."""
 
 
+class NotFiniteError(ComputeError):
+    """A step was not taken, because it would have written what is not finite into the weights."""
+
+    def __init__(self, what: str, message: str) -> None:
+        super().__init__(message)
+        self.what = what
+
+
 class OnlineTrainer:
     def __init__(self, method: PPO, context: Context) -> None:
         self.method, self.context, self.emit = method, context, context.emit
@@ -168,6 +184,8 @@ class OnlineTrainer:
         self._checkpointed = 0
         self.samples = SampleTable(self)
         self.reference_said = ReferenceSaid(self)
+        self.doctor = KLDoctor(self)
+        self.noise = GradientNoise(trained)
 
     def make_sampler(self, trunk: Any, head: Any) -> TransformersSampler:
         ends = end_tokens(self.module.policy, self.tokenizer)
@@ -214,6 +232,7 @@ class OnlineTrainer:
         loop = self.context.control
         loop.bind([self._bound(live) for live in self.method.live_in(self.context.spec)])
         loop.rewards = self.judge
+        loop.preview_refusal = self.method.preview_refusal
         loop.on_idle = self._serve
         loop.on_change = self._hold_controller
         if self.context.resume_from is not None:
@@ -225,15 +244,27 @@ class OnlineTrainer:
                 break
             credit = self.method.credit(rollout, self.live)
             self._say_rollout(rollout, credit, seconds)
+            self.doctor.look(rollout)
             self._between_rollouts, updating_s = False, 0.0
             for index, (minibatch, tokens) in enumerate(self.minibatches(rollout, credit)):
                 if index and not self._goes_on(new_rollout=False):
                     break
-                metrics = self.update(minibatch, tokens, rollout.temperature)
+                if index % self.method.num_mini_batches == 0:
+                    self.noise.new_pass()
+                try:
+                    metrics = self.update(minibatch, tokens, rollout.temperature, as_sampled=index == 0)
+                except NotFiniteError as error:
+                    self._hold(error, minibatch, rollout.temperature)
+                    break
+                if not index:
+                    self.doctor.compared(metrics["rollout/logprob_mismatch"])
                 updating_s += metrics["time/step_s"]
                 if self._far_enough(metrics):
                     break
-            self.emit.metric(self.step, {"time/update_s": updating_s}, rollout=self.rollouts)
+            if self._held:
+                self._held, self._between_rollouts = False, True
+                continue
+            self._say_update(rollout, updating_s)
             self._control_kl(rollout)
             if self.method.reference == "ema":
                 self.reference.follow(self.module.policy, self.method.reference_decay)
@@ -249,6 +280,51 @@ class OnlineTrainer:
         self.context.control.boundary(self.step + 1, rollout=new_rollout)
         self._serve()
         return not self.context.control.stopping
+
+    _held = False
+
+    def _hold(self, error: NotFiniteError, batch: Minibatch, temperature: float) -> None:
+        """Go back to the last good checkpoint and pause there, so that a person can lower what was too much.
+
+        Good is a state from which the models still say something finite about the completions at hand: weights may be
+        finite and far beyond use.
+        """
+        if self.method.on_not_finite == "fail":
+            raise error
+        failed_at, asked, saved = self.step, dict(vars(self.live)), checkpoints.newest_first(self.context.run_dir)
+        for path in saved:
+            self.step, self.rollouts = load_checkpoint(path, self)
+            if self._speaks(batch, temperature):
+                break
+        else:
+            if saved or not self._speaks(batch, temperature):
+                raise error
+        # What a person asked for since then still holds.
+        vars(self.live).update(asked)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._held, self.context.control.paused = True, True
+        if saved:
+            self._checkpointed = self.step
+            self.emit.event(Resumed(step=self.step, attempt=self.context.attempt, from_step=self.step))
+            back = f"the run is back at its checkpoint of step {self.step}"
+        else:
+            self.rollouts += 1
+            back = f"no checkpoint was taken yet, so the weights stay as after step {failed_at}"
+        self.emit.notice(
+            "not_finite",
+            f"{error.what}; {back} and paused. Lower learning_rate (now {self.live.learning_rate:g}) and resume, or "
+            f"stop",
+            "warning",
+        )
+
+    @torch.no_grad()
+    def _speaks(self, batch: Minibatch, temperature: float) -> bool:
+        """Whether the models give finite numbers for a minibatch; the same answer on every rank."""
+        logprobs, _, values = self.module(
+            batch.tokens_BL, batch.attention_mask_BL, batch.mask_BT, temperature=temperature, with_entropy=False
+        )
+        sound = all(each[batch.mask_BT].isfinite().all() for each in (logprobs, values))
+        return all(distributed.gather_objects(bool(sound)))
 
     def _far_enough(self, metrics: dict[str, float]) -> bool:
         target = self.method.target_kl
@@ -309,6 +385,11 @@ class OnlineTrainer:
         loop.sample_requests.clear()
         for request in requests:
             self.samples.answer(request)
+        previews = list(loop.preview_requests)
+        loop.preview_requests.clear()
+        for preview in previews:
+            if self.context.is_main:
+                self.emit.event(answer_preview(self, preview))
         if loop.checkpoint_requested and self._between_rollouts:
             loop.checkpoint_requested.clear()
             self.save_checkpoint()
@@ -337,13 +418,13 @@ class OnlineTrainer:
         mine = list(range(self.context.rank, len(indices), self.context.world_size))
         prompts = [self.prompt_ids[indices[row]] for row in mine]
         noise = uniforms(self.method.seed, self.rollouts, mine, self.method.max_new_tokens)
-        temperature = self.live.temperature * self._temperature_schedule()
+        temperature = self.temperature
         sampled = self.sampler.sample(prompts, noise, temperature=temperature)
         sampled_at = time.perf_counter()
         texts = self.texts(sampled.tokens_BT, sampled.mask_BT)
         asked = [self.rows[indices[row]] for row in mine]
         score, gold = self.judge.rollout(self.rollouts, asked, texts), self.judge.golds(asked, texts)
-        references = self._reference_scores([indices[row] for row in mine])
+        references = self.reference_scores([indices[row] for row in mine])
         scored_at = time.perf_counter()
 
         tokens_BP, seen_BP = pad_left(prompts, self.tokenizer.pad_token_id, self.device)
@@ -386,7 +467,7 @@ class OnlineTrainer:
         rows = [t[m].tolist() for t, m in zip(tokens_BT, mask_BT, strict=True)]
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
-    def _reference_scores(self, indices: list[int]) -> list[list[list[float]]] | None:
+    def reference_scores(self, indices: list[int]) -> list[list[list[float]]] | None:
         """(B, R, M) scores of what the reference says to each prompt; None where nothing is compared with it."""
         R = self.method.preference_references
         if not R:
@@ -470,6 +551,11 @@ class OnlineTrainer:
         }
         if self.method.has_reference:
             values |= {"kl/policy_reference": kl_B.mean().item(), "objective/kl_coef": self.live.kl_coef}
+            if self.method.samples_per_prompt > 1 and self.live.kl_coef > 0 and self.method.preview_refusal() is None:
+                groups = (-1, self.method.samples_per_prompt)
+                score_PG = self.method.penalised(rollout, self.live).view(groups)
+                variance = gap_variance(score_PG, kl_B.view(groups), self.live.kl_coef)
+                values["convergence/gap"] = variance / (2 * self.live.kl_coef)
         if self.method.value_model != "none":
             values["value/explained_variance"] = _explained(rollout.values_BT[mask_BT], credit.returns_BT[mask_BT])
         if self.method.temperature_end is not None:
@@ -481,6 +567,34 @@ class OnlineTrainer:
         if rollout.gold_B is not None:
             values["reward/gold"] = rollout.gold_B.mean().item()
         self.emit.metric(self.step + 1, values, rollout=self.rollouts)
+
+    def _say_update(self, rollout: Rollout, seconds: float) -> None:
+        """What the rollout's steps did together."""
+        values = {"time/update_s": seconds, "policy/update_kl": self._update_kl(rollout)}
+        if (ratio := self.noise.take()) is not None:
+            values["optimizer/gradient_snr"] = ratio
+        self.emit.metric(self.step, values, rollout=self.rollouts)
+
+    @torch.no_grad()
+    def _update_kl(self, rollout: Rollout) -> float:
+        """Nats a completion, KL(π_behavior ‖ π) by k3 on the first completions of the rollout."""
+        rows = torch.arange(min(UPDATE_KL_ROWS, len(rollout.score_B)), device=self.device)
+        rows = rows[self.context.rank :: self.context.world_size]
+        total = torch.zeros(2, device=self.device, dtype=torch.float64)
+        if len(rows):
+            mask_BT = rollout.mask_BT[rows]
+            now_BT, _, _ = self.module(
+                rollout.tokens_BL[rows],
+                rollout.attention_mask_BL[rows],
+                mask_BT,
+                temperature=rollout.temperature,
+                with_values=False,
+                with_entropy=False,
+            )
+            k3_BT = kl.estimate(rollout.behavior_logprobs_BT[rows], now_BT, "k3")
+            total[0], total[1] = masked_sum(k3_BT, mask_BT).double(), len(rows)
+        total = self.accelerator.reduce(total, reduction="sum")
+        return (total[0] / total[1]).item()
 
     # --- the update -------------------------------------------------------------------------------------------------
 
@@ -507,8 +621,12 @@ class OnlineTrainer:
     def micro(self, rows: int) -> int:
         return min(self.method.micro_batch_size or rows, rows)
 
-    def update(self, batch: Minibatch, tokens: int, temperature: float) -> dict[str, float]:
-        """One optimizer step on the token mean over the global minibatch."""
+    def update(self, batch: Minibatch, tokens: int, temperature: float, *, as_sampled: bool) -> dict[str, float]:
+        """One optimizer step on the token mean over the global minibatch.
+
+        Args:
+            as_sampled: The policy is still the one that sampled, so that trainer and sampler can be compared.
+        """
         began = time.perf_counter()
         rate = self.live.learning_rate * self._schedule()
         for group in self.optimizer.param_groups:
@@ -524,12 +642,13 @@ class OnlineTrainer:
             part = batch.rows(rows).trimmed()
             if index + 1 < len(parts):
                 with self.accelerator.no_sync(self.model):
-                    self._backward(part, tokens, temperature, sums)
+                    self._backward(part, tokens, temperature, sums, as_sampled)
             else:
-                self._backward(part, tokens, temperature, sums)
+                self._backward(part, tokens, temperature, sums, as_sampled)
         metrics = self._reduce(sums, tokens)
         if pretraining is not None:
             metrics["loss/pretraining"] = self.accelerator.reduce(pretraining, reduction="sum").item()
+        self.noise.add()
         metrics["optimizer/grad_norm"] = self._clip()
         metrics["optimizer/learning_rate"] = rate
         self._check(metrics, batch, temperature)
@@ -542,8 +661,13 @@ class OnlineTrainer:
             self.samples.periodic()
         return metrics
 
-    def _backward(self, part: Minibatch, tokens: int, temperature: float, sums: dict[str, Tensor]) -> None:
-        losses = self.method.loss(part, self._outputs(part, temperature), self.live)
+    def _backward(
+        self, part: Minibatch, tokens: int, temperature: float, sums: dict[str, Tensor], as_sampled: bool
+    ) -> None:
+        outputs = self._outputs(part, temperature)
+        losses = self.method.loss(part, outputs, self.live)
+        if as_sampled:
+            losses.metrics["rollout/logprob_mismatch"] = (outputs.logprobs_BT - part.behavior_logprobs_BT).abs()
         # Gradients are averaged over ranks: times the world size, they become the sum that a token mean needs.
         scale = self.context.world_size / tokens
         self.accelerator.backward(masked_sum(losses.loss_BT, part.mask_BT) * scale)
@@ -561,11 +685,14 @@ class OnlineTrainer:
         )
         return Outputs(logprobs, entropy, values)
 
-    def _temperature_schedule(self) -> float:
+    @property
+    def temperature(self) -> float:
+        """Of sampling, at this step."""
         end = self.method.temperature_end
         if end is None:
-            return 1.0
-        return 1 + (end / self.method.temperature - 1) * min(1.0, self.step / self.method.max_steps)
+            return float(self.live.temperature)
+        done = min(1.0, self.step / self.method.max_steps)
+        return float(self.live.temperature * (1 + (end / self.method.temperature - 1) * done))
 
     def _schedule(self) -> float:
         if self.method.lr_scheduler == "constant":
@@ -589,10 +716,12 @@ class OnlineTrainer:
         wrong = [name for name in ("loss", "optimizer/grad_norm") if not np.isfinite(metrics[name])]
         if not wrong:
             return
-        raise ComputeError(
-            f"{wrong[0]}={metrics[wrong[0]]} at step {self.step + 1}: first not finite is "
-            f"{self._culprit(batch, temperature)}; the weights are as after step {self.step}. "
-            f"Resume from the last checkpoint with a lower learning_rate (now {self.live.learning_rate:g})"
+        what = f"{wrong[0]}={metrics[wrong[0]]} at step {self.step + 1}: first not finite is "
+        what += self._culprit(batch, temperature)
+        raise NotFiniteError(
+            what,
+            f"{what}; the weights are as after step {self.step}. Start again with a lower learning_rate (now "
+            f"{self.live.learning_rate:g})",
         )
 
     @torch.no_grad()

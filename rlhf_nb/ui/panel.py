@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from rlhf_nb.errors import RlhfError
 from rlhf_nb.protocol import widget as messages
-from rlhf_nb.protocol.events import TERMINAL, AnyEvent
+from rlhf_nb.protocol.events import EFFECTIVE_ENOUGH, TERMINAL, AnyEvent, Previewed
 from rlhf_nb.ui import assets, figures
 from rlhf_nb.ui.desk import LabelDesk
 from rlhf_nb.ui.follow import Follower, set_cell
@@ -55,13 +55,17 @@ class Panel(anywidget.AnyWidget):
         self._last_status: dict[str, Any] = {}
         self._last_controls: messages.Controls | None = None
         self._samples_sent = 0
-        self._unasked_at: float | None = None
+        # The cell after this one may block the kernel before any page's hello is read.
+        self._unasked_at: float | None = time.monotonic() + UNASKED_S
+        self._deaf = False
+        """No hello was read, and rows are sent all the same."""
         self._heard_at = 0.0
         self._asked_at = time.monotonic()
         self._run_state = "waiting"
         self._trouble = ""
         self._mine: set[str] = set()
         """Controls that were asked for in this panel: their refusals are news here."""
+        self._previews: set[str] = set()
         self._desk: LabelDesk | None = None
         self._human_read = False
         self._esm, self._css = assets.bundle("panel.js"), assets.bundle("panel.css")
@@ -87,6 +91,8 @@ class Panel(anywidget.AnyWidget):
         self._trouble = ""
         fresh = self._follower.take(events)
         for event in fresh:
+            if isinstance(event, Previewed):
+                self._foresee(event)
             if event.kind == "control_refused" and event.id in self._mine:
                 self._say(messages.Said(level="error", text=f"refused: {event.reason}"))
         if fresh:
@@ -134,11 +140,13 @@ class Panel(anywidget.AnyWidget):
         """Send what changed since the last time."""
         with self._sending:
             if self._unasked_at is not None and time.monotonic() >= self._unasked_at:
-                self._unasked_at = None
+                # Once more a little later: a page that was still making its view has heard nothing.
+                self._unasked_at = None if self._deaf else time.monotonic() + 3 * UNASKED_S
+                self._deaf = True
                 self._send_asset()
                 self._snapshot(0)
                 return
-            if not self._pages:
+            if not self._pages and not self._deaf:
                 # No page holds the panel yet; its hello will ask.
                 return
             self._send_status()
@@ -220,6 +228,7 @@ class Panel(anywidget.AnyWidget):
         """The traits; and, where a page asked for all of them, the rows a little later unless it says hello."""
         super().send_state(key)
         if key is None:
+            self._deaf = False
             self._unasked_at = time.monotonic() + UNASKED_S
             self._wake.set()
 
@@ -234,7 +243,7 @@ class Panel(anywidget.AnyWidget):
         match message:
             case messages.Hello():
                 self._pages[message.page] = time.monotonic()
-                self._unasked_at = None
+                self._unasked_at, self._deaf = None, False
                 fresh = message.generation == self._follower.fold.generation
                 self._snapshot(message.have if fresh else 0, known_figures=message.figures)
             case messages.Alive():
@@ -251,6 +260,8 @@ class Panel(anywidget.AnyWidget):
                 self._later(self._send_log, message.lines)
             case messages.SetAsked():
                 self._later(self._set, message)
+            case messages.PreviewAsked():
+                self._later(self._preview, message)
             case messages.Command():
                 self._later(self._command, message.op)
             case messages.LabelStart() | messages.LabelSubmitted() | messages.LabelUndone():
@@ -286,6 +297,20 @@ class Panel(anywidget.AnyWidget):
             return
         cell = set_cell(self._run.id, message.name, message.value)
         self._say(messages.Said(text=f"asked: {message.name} = {message.value:.4g}", cell=cell))
+
+    def _preview(self, message: messages.PreviewAsked) -> None:
+        pending = self._run.preview(message.name, message.values[0], values=message.values)
+        self._mine.add(pending.id)
+        self._previews.add(pending.id)
+        if (found := self._follower.fold.previews.get(pending.id)) is not None:
+            # The run was faster than this call.
+            self._foresee(found)
+
+    def _foresee(self, found: Previewed) -> None:
+        if found.id in self._previews:
+            self._previews.discard(found.id)
+            shown = found.model_dump(include=set(messages.Foreseen.model_fields) - {"kind", "enough"})
+            self._say(messages.Foreseen(**shown, enough=EFFECTIVE_ENOUGH))
 
     def _command(self, op: str) -> None:
         getattr(self._run, op)()

@@ -118,6 +118,24 @@ def test_ppo_is_steered_by_its_slider_and_judged_blind(lab, new_page, end_runs, 
     rollouts = [m["step"] for m in kinds("metric") if m.get("rollout") is not None]
     assert changed["effective_step"] in rollouts, "a coefficient of the reward counts from the first step of a rollout"
 
+    # What if: the same handle, and the run stays as it is until the value is applied.
+    slider = page.page.locator('.rlhf-slider[data-name="kl_coef"]')
+    slider.locator(".rlhf-whatif").click()
+    words = slider.locator(".rlhf-slidertext")
+    wait_for(lambda: "would settle at reward" in words.inner_text(), "the policy's answer", 60)
+    moved = len([c for c in kinds("coefficient_changed") if c["name"] == "kl_coef"])
+    page.page.keyboard.press("ArrowLeft")
+    page.page.keyboard.press("ArrowLeft")
+    thought = words.inner_text()
+    wait_for(lambda: kinds("metric")[-1]["step"] > kinds("previewed")[-1]["step"] + 6, "steps beside the thought")
+    assert len([c for c in kinds("coefficient_changed") if c["name"] == "kl_coef"]) == moved
+    page.screenshot("what-if")
+    page.page.keyboard.press("Enter")
+    applied = wait_for(
+        lambda: [c for c in kinds("coefficient_changed") if c["name"] == "kl_coef"][moved:], f"applied after: {thought}"
+    )[-1]
+    assert applied["new"] < applied["old"]
+
     # L draws blind pairs; the answers become a win rate beside the proxy.
     wait_for(lambda: kinds("samples"), "samples")
     page.page.locator(".rlhf-panel").focus()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rlhf_nb.maths import advantages, kl
+from rlhf_nb.maths.reweighting import tilted
 from rlhf_nb.methods.ppo import PPO
 from rlhf_nb.training.online import Minibatch, Outputs, Rollout
 
@@ -185,6 +186,19 @@ def test_it_moves_to_the_gibbs_policy_of_the_reward_that_its_docstring_names(wor
     policy, _, reference = optimise(ppo(0.25, **{knob: value}), world)
     _, mask, ended = world.completions()
     assert worst(policy, kl.gibbs(reference, moved(world.rewards(), mask, ended), 0.25), reference) <= SHARE
+
+
+@pytest.mark.parametrize("now", [0.5, 2.0])
+def test_what_a_preview_foresees_is_what_then_happens(make_world, now):
+    """Completions of the policy trained at one β, reweighted, against the policy that is then trained at another."""
+    world, then, G = make_world(seed=1), 0.25, 4000
+    before, _, reference = optimise(ppo(now), world)
+    after, _, _ = optimise(ppo(then), world)
+    chosen = torch.multinomial(before.exp(), G, replacement=True, generator=world.generator(7))
+    rewards = world.rewards()
+    found = tilted(rewards.gather(1, chosen), (before - reference).gather(1, chosen), then)
+    assert found.reward == pytest.approx((after.exp() * rewards).sum(-1).mean().item(), abs=0.02)
+    assert found.kl == pytest.approx(kl.exact(after, reference).mean().item(), abs=0.05)
 
 
 def test_preference_as_reward_moves_to_the_gibbs_policy_of_the_chance_to_be_preferred(monkeypatch, world):

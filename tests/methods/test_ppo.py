@@ -419,7 +419,7 @@ def test_a_reward_that_cannot_judge_a_bare_prompt_leaves_its_samples_without_sco
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_and_says_where_it_began(ppo):
     with pytest.raises(ComputeError, match=r"at step \d+: first not finite is .*lower learning_rate \(now 1e\+30\)"):
-        ppo(learning_rate=1e30)
+        ppo(learning_rate=1e30, on_not_finite="fail")
 
 
 def test_no_reward_is_said(ppo):

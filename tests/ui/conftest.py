@@ -7,7 +7,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,8 @@ from rlhf_nb.protocol.events import (
     CoefficientChanged,
     Metric,
     Paused,
+    Prediction,
+    Previewed,
     Resumed,
     SampleItem,
     Samples,
@@ -121,6 +123,18 @@ class ReplayedRun:
         with self.lock:
             self._asked.append((control_id, name, value, why))
         return _Pending(control_id)
+
+    def preview(self, name: str, value: float, *, values: Sequence[float]) -> _Pending:
+        """Answered before the call returns, as a run on this machine may do."""
+        live = self.fold.coefficients[name]
+        predictions = [Prediction(value=one, reward=1.0, kl=2.0, effective=8.0) for one in values]
+        self.emit(
+            Previewed(
+                id="the-preview", name=name, step=self.fold.step, now=live.value, reward=0.5, kl=1.0, prompts=8,
+                samples=16, predictions=predictions,
+            )
+        )  # fmt: skip
+        return _Pending("the-preview")
 
     def pause(self) -> _Pending:
         self.emit(Paused(step=self.fold.step))

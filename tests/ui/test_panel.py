@@ -92,6 +92,15 @@ def test_a_move_is_asked_then_in_effect(page, ppo, run):
     assert last["changes"][0]["step"] == 3 and last["changes"][0]["who"] == "alice"
 
 
+def test_where_a_move_would_lead_is_answered_to_the_page_and_moves_nothing(page, ppo, run):
+    ppo(2)
+    page.hello()
+    page.says("preview", name="learning_rate", values=[1e-4, 1e-3])
+    (found,) = page.wait(lambda: page.of("foreseen"))
+    assert [one["value"] for one in found["predictions"]] == [1e-4, 1e-3] and found["enough"] == 4.0
+    assert page.of("controls")[-1]["sliders"][0]["asked"] is None and not page.of("said")
+
+
 def test_a_refusal_by_the_worker_is_said_and_the_handle_goes_back(page, ppo, run):
     ppo(2)
     page.hello()

@@ -11,7 +11,7 @@ const status = (more: Partial<Status> = {}): Status => ({
   ...more,
 });
 const slider = (name: string, more: Partial<Slider> = {}): Slider => ({
-  name, low: 1e-4, high: 1, scale: "log", unit: "", meaning: "", value: 0.05, asked: null, unavailable_reason: null, ...more,
+  name, low: 1e-4, high: 1, scale: "log", unit: "", meaning: "", value: 0.05, asked: null, unavailable_reason: null, can_preview: false, ...more,
 });
 const controls = (more: Partial<Controls> = {}): Controls => ({
   kind: "controls", sliders: [slider("kl_coef"), slider("learning_rate")], changes: [], human: [], sample_steps: [], can_label: false, ...more,
@@ -202,5 +202,61 @@ test("a frame seen twice counts once, and one with rows missing before it is ask
   expect(view.store.rows.have).toBe(3);
   expect(view.sent.filter((message) => message.kind === "hello").at(-1)).toMatchObject({ have: 3 });
   expect(view.find(".rlhf-panel").dataset.rows).toBe("3");
+  view.end();
+});
+
+test("what if: the handle moves and the run does not, until the value is applied", () => {
+  vi.useFakeTimers();
+  const view = setUp();
+  view.hear(status());
+  view.hear(controls({ sliders: [slider("kl_coef", { can_preview: true }), slider("learning_rate")] }));
+  const row = view.slider("kl_coef");
+  expect(view.slider("learning_rate").querySelector<HTMLElement>(".rlhf-whatif")!.hidden).toBe(true);
+  row.querySelector<HTMLButtonElement>(".rlhf-whatif")!.click();
+  const asked = view.sent.find((message) => message.kind === "preview")!;
+  expect(asked).toMatchObject({ kind: "preview", name: "kl_coef" });
+  const values = (asked as { values: number[] }).values;
+  expect(Math.min(...values)).toBeCloseTo(0.05 / 30);
+  expect(Math.max(...values)).toBe(1);
+  const words = row.querySelector(".rlhf-slidertext")!;
+  expect(words.textContent).toBe("asking the policy…");
+  view.hear({
+    kind: "foreseen", name: "kl_coef", step: 30, now: 0.05, reward: 0.4, kl: 1.5, samples: 16, enough: 4,
+    predictions: [
+      { value: 0.002, reward: 1, kl: 30, effective: 1.2 }, { value: 0.05, reward: 0.5, kl: 2, effective: 16 }, { value: 0.5, reward: 0.1, kl: 0.2, effective: 12 },
+    ],
+  });
+  expect(words.textContent).toBe("would settle at reward 0.50, KL 2.0 nats (now 0.40, 1.5)");
+  const range = row.querySelector<HTMLInputElement>("input[type=range]")!;
+  const press = (key: string) => range.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+  for (let i = 0; i < 3; i++) press("PageUp");
+  expect(words.textContent).toMatch(/^would settle at reward 0\.[0-4]/);
+  for (let i = 0; i < 8; i++) press("PageDown");
+  expect(words.textContent).toMatch(/^too far to foresee: \d\.\d of 16 completions carry it$/);
+  vi.advanceTimersByTime(2000);
+  expect(view.sets()).toEqual([]);
+  for (let i = 0; i < 6; i++) press("PageUp");
+  press("Enter");
+  expect(view.sets()).toHaveLength(1);
+  expect(words.textContent).toContain("asked");
+  view.end();
+});
+
+test("leaving a what-if puts the handle back and sends nothing", () => {
+  vi.useFakeTimers();
+  const view = setUp();
+  view.hear(status());
+  view.hear(controls({ sliders: [slider("kl_coef", { can_preview: true })] }));
+  const row = view.slider("kl_coef");
+  row.querySelector<HTMLButtonElement>(".rlhf-whatif")!.click();
+  const range = row.querySelector<HTMLInputElement>("input[type=range]")!;
+  const before = range.value;
+  range.dispatchEvent(new KeyboardEvent("keydown", { key: "PageUp", bubbles: true, cancelable: true }));
+  expect(range.value).not.toBe(before);
+  range.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+  vi.advanceTimersByTime(2000);
+  expect(range.value).toBe(before);
+  expect(view.sets()).toEqual([]);
+  expect(row.querySelector(".rlhf-slidertext")!.textContent).toBe("0.05 in effect");
   view.end();
 });

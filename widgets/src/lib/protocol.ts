@@ -57,6 +57,18 @@ export interface Figures {
   figures: Figure[];
 }
 
+export interface Foreseen {
+  kind: "foreseen";
+  name: string;
+  step: number;
+  now: number;
+  reward: number;
+  kl: number;
+  samples: number;
+  enough: number;
+  predictions: Prediction[];
+}
+
 export interface Frame {
   kind: "frame";
   generation: number;
@@ -135,6 +147,19 @@ export interface PairShown {
   b: string;
 }
 
+export interface Prediction {
+  value: number;
+  reward: number;
+  kl: number;
+  effective: number;
+}
+
+export interface PreviewAsked {
+  kind: "preview";
+  name: string;
+  values: number[];
+}
+
 export interface Said {
   kind: "said";
   level: "info" | "error";
@@ -177,6 +202,7 @@ export interface Slider {
   value: number;
   asked: number | null;
   unavailable_reason: string | null;
+  can_preview: boolean;
 }
 
 export interface Status {
@@ -223,6 +249,6 @@ export interface WantSamples {
   step?: number | null;
 }
 
-export type KernelMessage = Status | Controls | Figures | Frame | Asset | ShownSamples | LogLines | Said | LabelQueue | LabelSaved | LabelFailed;
+export type KernelMessage = Status | Controls | Figures | Frame | Asset | ShownSamples | Foreseen | LogLines | Said | LabelQueue | LabelSaved | LabelFailed;
 
-export type ViewMessage = Hello | Alive | Bye | WantAsset | WantLog | WantSamples | SetAsked | Command | LabelStart | LabelSubmitted | LabelUndone;
+export type ViewMessage = Hello | Alive | Bye | WantAsset | WantLog | WantSamples | SetAsked | PreviewAsked | Command | LabelStart | LabelSubmitted | LabelUndone;

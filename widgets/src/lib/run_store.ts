@@ -1,10 +1,10 @@
 // All that a page knows of a run. One for each widget model, shared by its views, so that every view shows the same.
 import * as bokehScript from "./bokeh";
 import { type Link, uniqueId } from "./link";
-import type { Controls, Figure, KernelMessage, LabelFailed, LabelQueue, LabelSaved, Said, ShownSamples, Status, ViewMessage } from "./protocol";
+import type { Controls, Figure, Foreseen, KernelMessage, LabelFailed, LabelQueue, LabelSaved, Said, ShownSamples, Status, ViewMessage } from "./protocol";
 import { doubles, Rows } from "./rows";
 
-export type Topic = "status" | "controls" | "figures" | "rows" | "samples" | "log" | "said" | "health";
+export type Topic = "status" | "controls" | "figures" | "rows" | "samples" | "foreseen" | "log" | "said" | "health";
 export type LabelAnswer = LabelQueue | LabelSaved | LabelFailed;
 
 const ALIVE_MS = 10_000;
@@ -19,6 +19,8 @@ export class RunStore {
   controls: Controls | null = null;
   figures: Figure[] = [];
   samples: ShownSamples | null = null;
+  /** By coefficient: where other values would lead. */
+  foreseen = new Map<string, Foreseen>();
   log: string[] = [];
   said: (Said & { at: number }) | null = null;
   /** Why what is shown may be stale; empty when all is well. */
@@ -128,6 +130,10 @@ export class RunStore {
       case "samples":
         this.samples = message;
         this.tell("samples");
+        break;
+      case "foreseen":
+        this.foreseen.set(message.name, message);
+        this.tell("foreseen");
         break;
       case "log":
         this.log = message.lines;

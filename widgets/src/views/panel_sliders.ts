@@ -1,7 +1,7 @@
 // Live coefficients: what is asked and what is in effect stay apart until they agree.
 import { h, setAttribute, setText } from "../lib/dom";
 import { number } from "../lib/format";
-import type { Slider } from "../lib/protocol";
+import type { Foreseen, Slider } from "../lib/protocol";
 import type { RunStore } from "../lib/run_store";
 import { makeScale } from "../lib/scale";
 
@@ -41,7 +41,7 @@ export function createSliders(store: RunStore): { element: HTMLElement; dispose(
     }
     element.hidden = rows.size === 0;
   };
-  const off = [store.on("controls", draw), store.on("status", draw), store.on("health", draw)];
+  const off = [store.on("controls", draw), store.on("status", draw), store.on("health", draw), store.on("foreseen", draw)];
   draw();
   return {
     element,
@@ -64,11 +64,38 @@ function createRow(first: Slider, store: RunStore): Row {
   const effect = h("span.rlhf-effect", { "aria-hidden": "true", title: "in effect" });
   const words = h("div.rlhf-slidertext", { role: "status" });
   const unit = first.unit ? ` (${first.unit})` : "";
+  const whatIf = h("button.rlhf-whatif", { type: "button", hidden: true, title: "Move the handle without moving the run: where would it settle?" }, "what if");
+  const apply = h("button.rlhf-apply", { type: "button", hidden: true }, "apply");
   const element = h("div.rlhf-slider", { "data-name": first.name, title: [first.meaning, `${number(first.low)} to ${number(first.high)}${unit}`].filter(Boolean).join("\n") },
-    h("div.rlhf-sliderhead", {}, h("label", {}, first.name), field),
-    h("div.rlhf-track", {}, effect, range), words);
+    h("div.rlhf-sliderhead", {}, h("label", {}, first.name), whatIf, field),
+    h("div.rlhf-track", {}, effect, range), h("div.rlhf-sliderfoot", {}, words, apply));
 
-  const current = (): number => mine?.value ?? slider.asked ?? slider.value;
+  /** A value that is only thought of: nothing is sent to the run before it is applied. */
+  let thought: number | null = null;
+  const current = (): number => thought ?? mine?.value ?? slider.asked ?? slider.value;
+
+  const think = (on: boolean): void => {
+    thought = on ? slider.value : null;
+    if (on) {
+      store.foreseen.delete(slider.name);
+      store.send({ kind: "preview", name: slider.name, values: around(slider) });
+      range.focus();
+    }
+    draw();
+  };
+  whatIf.addEventListener("click", () => think(thought === null));
+  apply.addEventListener("click", () => {
+    const value = current();
+    think(false);
+    choose(value, true);
+  });
+  element.addEventListener("keydown", (event) => {
+    if (thought === null || event.target === field) return;
+    if (event.key === "Escape") think(false);
+    else if (event.key === "Enter" && event.target === range) apply.click();
+    else return;
+    event.stopPropagation();
+  });
 
   const send = (): void => {
     clearTimeout(timer);
@@ -78,6 +105,11 @@ function createRow(first: Slider, store: RunStore): Row {
     draw();
   };
   const choose = (value: number, now: boolean): void => {
+    if (thought !== null) {
+      thought = value;
+      draw();
+      return;
+    }
     mine = { value, sentAt: null };
     clearTimeout(timer);
     if (now) send();
@@ -125,8 +157,9 @@ function createRow(first: Slider, store: RunStore): Row {
     const reason = slider.unavailable_reason ?? "";
     range.disabled = field.disabled = over || reason !== "";
     element.classList.toggle("rlhf-is-off", range.disabled);
+    if (range.disabled) thought = null;
     const asked = mine?.value ?? slider.asked;
-    const shown = asked ?? slider.value;
+    const shown = thought ?? asked ?? slider.value;
     const position = scale.position(shown);
     if (range.valueAsNumber !== Math.round(position * STEPS)) range.valueAsNumber = Math.round(position * STEPS);
     setAttribute(range, "aria-valuetext", `${number(shown)}${unit}`);
@@ -136,7 +169,14 @@ function createRow(first: Slider, store: RunStore): Row {
     const waiting = asked !== null && asked !== undefined && asked !== slider.value;
     element.classList.toggle("rlhf-is-waiting", waiting);
     words.classList.remove("rlhf-is-error");
-    if (reason) setText(words, reason);
+    whatIf.hidden = !slider.can_preview || range.disabled;
+    setText(whatIf, thought === null ? "what if" : "leave");
+    apply.hidden = thought === null || thought === slider.value;
+    element.classList.toggle("rlhf-is-thought", thought !== null);
+    if (thought !== null) {
+      setText(words, foreseen(thought, store.foreseen.get(slider.name)));
+      setAttribute(range, "aria-valuetext", `${number(thought)}${unit}: ${words.textContent}`);
+    } else if (reason) setText(words, reason);
     else if (waiting) setText(words, `${number(slider.value)} in effect · ${number(asked)} asked`);
     else setText(words, over ? `${number(slider.value)} at the end` : `${number(slider.value)} in effect`);
   }
@@ -151,6 +191,30 @@ function createRow(first: Slider, store: RunStore): Row {
     },
     dispose: () => clearTimeout(timer),
   };
+}
+
+const GRID = 33;
+
+/** Values to ask about: up to thirty times less and more, evenly in the logarithm. */
+function around(slider: Slider): number[] {
+  const low = Math.max(slider.low, slider.value / 30);
+  const high = Math.min(slider.high, slider.value * 30);
+  return Array.from({ length: GRID }, (_, i) => low * (high / low) ** (i / (GRID - 1)));
+}
+
+/** What the nearest values that were asked about say of this one, between them in the logarithm. */
+export function foreseen(value: number, answer: Foreseen | undefined): string {
+  if (!answer) return "asking the policy…";
+  const rows = answer.predictions;
+  const above = rows.findIndex((row) => row.value >= value * (1 - 1e-9));
+  const right = above < 0 ? rows.length - 1 : above;
+  const left = Math.max(0, right - 1);
+  const [a, b] = [rows[left]!, rows[right]!];
+  const share = a.value === b.value ? 1 : Math.min(1, Math.max(0, Math.log(value / a.value) / Math.log(b.value / a.value)));
+  const between = (from: number, to: number): number => from + share * (to - from);
+  const effective = between(a.effective, b.effective);
+  if (effective < answer.enough) return `too far to foresee: ${effective.toFixed(1)} of ${answer.samples} completions carry it`;
+  return `would settle at reward ${between(a.reward, b.reward).toFixed(2)}, KL ${between(a.kl, b.kl).toFixed(1)} nats (now ${answer.reward.toFixed(2)}, ${answer.kl.toFixed(1)})`;
 }
 
 /** Status messages arrive between sending and the kernel's reading: those of the first moments may not yet know of it. */

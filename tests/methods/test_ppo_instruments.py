@@ -1,0 +1,297 @@
+"""Previews, the KL doctor, gradient noise, and the pause at what is not finite, as they run."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf_nb.compute.rundir import append_line
+from rlhf_nb.errors import ComputeError
+from rlhf_nb.protocol.control import Preview, Resume, SetCoefficient, Stop
+from rlhf_nb.protocol.fold import RunFold
+from rlhf_nb.protocol.glossary import GLOSSARY
+from rlhf_nb.protocol.spec import FunctionReward
+from rlhf_nb.training import actor_critic, kl_doctor, online
+from rlhf_nb.training.gradient_noise import GradientNoise
+from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
+
+ROWS = [{"prompt": p} for p in ("Who?", "Where is it?", "When do they open?", "Is it far?", "Why?", "How?")]
+CONFIG = {
+    "max_steps": 8, "rollout_batch_size": 8, "batch_size": 4, "num_ppo_epochs": 1, "max_new_tokens": 6,
+    "max_length": 80, "sample_every": 0, "learning_rate": 3e-3, "kl_coef": 0.2,
+}  # fmt: skip
+LETTERS = FunctionReward(
+    name="letters",
+    source="def letters(prompts, completions):\n"
+    "    return [sum(c.isascii() and c.isalpha() for c in text) / 4 for text in completions]",
+)
+
+
+@pytest.fixture
+def ppo(job, tiny_model_maker) -> Callable[..., Any]:
+    job.model = tiny_model_maker("still", dropout=0.0)
+
+    def start(name: str = "run", *, controls=(), prepare=False, **knobs: Any) -> Any:
+        place = job.prepare("ppo", ROWS, name=name, config={**CONFIG, **knobs}, reward=LETTERS)
+        for control in controls:
+            append_line(place.control_path, control.model_dump(mode="json"))
+        return place if prepare else job.run(place)
+
+    start.job = job
+    return start
+
+
+def fold(place) -> RunFold:
+    folded = RunFold()
+    for event in place.events():
+        folded.add(event)
+    return folded
+
+
+def rollouts(place) -> list[dict[str, float]]:
+    return [row for row in fold(place).table() if "reward/mean" in row]
+
+
+def notices(place) -> dict[str, str]:
+    return {notice.code: notice.text for notice in fold(place).notices if notice.code.startswith("kl_doctor/")}
+
+
+# --- previews ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_preview_is_answered_and_changes_nothing(ppo):
+    plain, asked = ppo("plain"), ppo("asked", controls=[Preview(values=[0.1, 0.2, 1.0], prompts=4, samples=8)])
+    (found,) = fold(asked).previews.values()
+    assert (found.now, found.prompts, found.samples, found.step) == (0.2, 4, 8, 0)
+    # Before the first step the policy is the reference: a higher price can only lead back towards it.
+    assert abs(found.kl) < 1e-4 and [one.kl for one in found.predictions] == sorted(
+        (one.kl for one in found.predictions), reverse=True
+    )
+    assert [one.reward for one in found.predictions] == sorted((one.reward for one in found.predictions), reverse=True)
+    assert all(one.reward > found.reward and 1 <= one.effective <= 8 for one in found.predictions)
+    assert found.gap > 0 and not found.converged
+    same = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in fold(plain).table()]
+    assert same == [{k: v for k, v in row.items() if not k.startswith("time/")} for row in fold(asked).table()]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [({"reference": "none"}, "reference=none"), ({"kl_in": "loss"}, "a preview needs kl_in=reward")],
+)
+def test_a_preview_that_cannot_be_right_is_refused(ppo, knobs, reason):
+    place = ppo(max_steps=2, controls=[Preview(values=[0.1])], **knobs)
+    (refused,) = [event for event in place.events() if event.kind == "control_refused"]
+    assert reason in refused.reason and not fold(place).previews
+
+
+def test_the_gap_is_logged_where_a_prompt_has_several_completions(ppo):
+    assert all(row["convergence/gap"] > 0 for row in rollouts(ppo("groups", samples_per_prompt=4)))
+    assert all("convergence/gap" not in row for row in rollouts(ppo("alone")))
+
+
+# --- gradient noise, the KL of an update ------------------------------------------------------------------------------
+
+
+def test_the_ratio_is_that_of_gradients_whose_noise_is_known():
+    weight = nn.Parameter(torch.zeros(2000))
+    noise = GradientNoise([weight], coordinates=2000)
+    signal = torch.randn(2000, generator=torch.Generator().manual_seed(1))
+    chance = torch.Generator().manual_seed(2)
+    for _ in range(300):
+        noise.new_pass()
+        for _ in range(2):
+            weight.grad = signal + 2.0 * torch.randn(2000, generator=chance)
+            noise.add()
+    # ‖G‖² = 2000 and tr(Σ) = 4·2000.
+    assert noise.take() == pytest.approx(0.25, rel=0.1)
+    assert noise.take() is None
+
+
+def test_every_rollout_says_what_its_update_did(ppo):
+    place = ppo(max_steps=4)
+    rows = [row.values for row in fold(place).rows if "policy/update_kl" in row.values]
+    assert len(rows) == 2 and all(row["policy/update_kl"] > 0 and row["optimizer/gradient_snr"] >= 0 for row in rows)
+    assert {name for row in fold(place).rows for name in row.values} <= set(GLOSSARY)
+    firsts = [row.values for row in fold(place).rows if "rollout/logprob_mismatch" in row.values]
+    assert len(firsts) == 2 and all(row["rollout/logprob_mismatch"] < 1e-5 for row in firsts)
+    still = ppo("still", learning_rate=0.0, max_steps=2)
+    assert [r.values["policy/update_kl"] for r in fold(still).rows if "policy/update_kl" in r.values][0] < 1e-9
+
+
+# --- the KL doctor: each fault is planted, and named ------------------------------------------------------------------
+
+
+def test_a_sound_run_hears_nothing_from_the_doctor(ppo):
+    assert not set(notices(ppo())) - {"kl_doctor/noise"}
+
+
+def test_dropout_is_found(ppo, job, tiny_model_maker, monkeypatch):
+    job.model = tiny_model_maker("drops", dropout=0.3)
+    monkeypatch.setattr(online.OnlineTrainer, "train", switched(online.OnlineTrainer.train))
+    assert "dropout=0.3 is on in" in notices(ppo(max_steps=2))["kl_doctor/start"]
+
+
+def switched(train: Any) -> Any:
+    def with_dropout(self: Any) -> None:
+        self.module.policy.train()
+        train(self)
+
+    return with_dropout
+
+
+def test_another_reference_is_found(ppo, job, tiny_model_maker, monkeypatch):
+    genuine = actor_critic.load
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        module, reference = genuine(*arguments, **named)
+        with torch.no_grad():
+            for weight in reference.state().values():
+                weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+        return module, reference
+
+    monkeypatch.setattr(actor_critic, "load", load)
+    assert "the reference is another model" in notices(ppo(max_steps=2))["kl_doctor/start"]
+
+
+def test_another_temperature_in_the_sampler_is_found(ppo, monkeypatch):
+    genuine = TransformersSampler.sample
+    monkeypatch.setattr(
+        TransformersSampler, "sample", lambda self, p, u, *, temperature: genuine(self, p, u, temperature=1.5)
+    )
+    found = notices(ppo(max_steps=4))
+    assert "drawn at temperature 1.5 and are scored at 1" in found["kl_doctor/mismatch"]
+    assert "drawn at temperature 1.5" in found["kl_doctor/start"]
+
+
+def test_a_sampler_with_yesterday_s_weights_is_found(ppo, monkeypatch):
+    genuine = online.OnlineTrainer.make_sampler
+    monkeypatch.setattr(
+        online.OnlineTrainer,
+        "make_sampler",
+        lambda self, trunk, head: genuine(self, copy.deepcopy(trunk), copy.deepcopy(head)),
+    )
+    found = notices(ppo(max_steps=6, learning_rate=2e-2))
+    assert "it samples from weights of before" in found["kl_doctor/mismatch"]
+
+
+def test_tokens_after_the_end_token_are_found(ppo, monkeypatch):
+    genuine = TransformersSampler.sample
+
+    def sample(self: Any, *arguments: Any, **named: Any) -> Any:
+        said = genuine(self, *arguments, **named)
+        # An end token in the middle that nobody stopped at.
+        said.tokens_BT[:, 1] = self.end_tokens[0]
+        return said
+
+    monkeypatch.setattr(TransformersSampler, "sample", sample)
+    found = notices(ppo(max_steps=4))
+    assert "count tokens after their end token" in found["kl_doctor/mismatch"]
+
+
+def test_a_tokenizer_of_another_model_is_found(ppo, monkeypatch):
+    genuine = online.models.load_tokenizer
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        tokenizer = genuine(*arguments, **named)
+        tokenizer.add_tokens([f"<extra-{n}>" for n in range(400)])
+        return tokenizer
+
+    monkeypatch.setattr(online.models, "load_tokenizer", load)
+    monkeypatch.setattr(kl_doctor, "TOLERANCE", {torch.float32: -1.0})
+    assert "give the tokenizer it was trained with" in notices(ppo(max_steps=2))["kl_doctor/start"]
+
+
+def test_a_policy_that_never_moves_is_said_with_its_reason(ppo):
+    assert "learning_rate is 0" in notices(ppo(learning_rate=0.0))["kl_doctor/stuck"]
+
+
+def test_a_policy_that_runs_away_is_said_with_its_way_out(ppo):
+    assert (
+        "raise kl_coef, or lower learning_rate" in notices(ppo(learning_rate=0.3, kl_coef=0.0))["kl_doctor/exploding"]
+    )
+
+
+def test_the_noise_of_k1_is_told_from_a_fault(ppo, monkeypatch):
+    """A reading a little below zero, within its error; k3 of the same completions is not negative."""
+    genuine = online.OnlineTrainer.collect
+
+    def collect(self: Any) -> Any:
+        rollout, seconds = genuine(self)
+        if self.step:
+            sign = torch.ones_like(rollout.behavior_logprobs_BT)
+            sign[::2] = -1.0
+            noisy = rollout.behavior_logprobs_BT - (0.3 * sign - 0.02) * rollout.mask_BT
+            rollout = online.replace(rollout, reference_logprobs_BT=noisy + 0.05 * rollout.mask_BT)
+        return rollout, seconds
+
+    monkeypatch.setattr(online.OnlineTrainer, "collect", collect)
+    assert "noise of k1 on 8 completions; k3 on the same reads" in notices(ppo(max_steps=4))["kl_doctor/noise"]
+
+
+# --- what is not finite -----------------------------------------------------------------------------------------------
+
+
+def held(place: Any, job: Any, *then: Any) -> None:
+    """Run beside a person who waits for the pause and then asks for something."""
+
+    def person() -> None:
+        deadline = time.monotonic() + 60
+        while fold(place).state != "paused" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for control in then:
+            append_line(place.control_path, control.model_dump(mode="json"))
+
+    watching = threading.Thread(target=person)
+    watching.start()
+    job.run(place)
+    watching.join()
+
+
+def test_a_loss_that_is_not_finite_pauses_at_the_last_good_checkpoint_and_goes_on(ppo):
+    """The rate is raised beyond reason once, and put back while the run waits."""
+    place = ppo(prepare=True, checkpoint_every=2, max_steps=8)
+    append_line(place.control_path, SetCoefficient(name="kl_coef", value=0.1).model_dump(mode="json"))
+    seen: dict[str, Any] = {}
+    genuine = online.OnlineTrainer.update
+
+    def update(self: Any, *arguments: Any, **named: Any) -> Any:
+        if self.step == 5 and self.live.learning_rate > 1e-3:
+            self.live.learning_rate = 1e30
+        return genuine(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online.OnlineTrainer, "update", update)
+        held(place, ppo.job, SetCoefficient(name="learning_rate", value=1e-3), Resume())
+    seen = fold(place)
+    (text,) = [n.text for n in seen.notices if n.code == "not_finite"]
+    # The checkpoint of step 6 holds finite weights of the size of the rate, with which nothing finite can be said.
+    assert "the run is back at its checkpoint of step 4 and paused" in text
+    assert "first not finite is" in text and seen.held == ""
+    steps = [row["step"] for row in seen.table() if "loss" in row]
+    assert steps == list(range(1, 9)) and seen.coefficients["learning_rate"].value == 1e-3
+
+
+def test_without_a_checkpoint_it_pauses_where_it_is_if_the_policy_still_speaks(ppo, monkeypatch):
+    genuine = online.OnlineTrainer._clip
+
+    def clip(self: Any) -> float:
+        norm = genuine(self)
+        return float("nan") if self.step == 3 else norm
+
+    monkeypatch.setattr(online.OnlineTrainer, "_clip", clip)
+    place = ppo(prepare=True)
+    held(place, ppo.job, Stop())
+    (text,) = [n.text for n in fold(place).notices if n.code == "not_finite"]
+    assert "no checkpoint was taken yet, so the weights stay as after step 3 and paused" in text
+
+
+def test_a_policy_that_no_longer_speaks_and_was_never_kept_is_a_failed_run(ppo):
+    with pytest.raises(ComputeError, match=r"at step \d+: first not finite is .*lower learning_rate \(now 1e\+30\)"):
+        ppo(learning_rate=1e30)
