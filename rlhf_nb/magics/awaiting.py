@@ -23,7 +23,8 @@ def transform(lines: list[str]) -> list[str]:
 
 
 def register(shell: InteractiveShell) -> None:
-    if transform not in shell.input_transformers_post:
+    """In a kernel; a terminal has no widgets that could wait."""
+    if hasattr(shell, "kernel") and transform not in shell.input_transformers_post:
         shell.input_transformers_post.append(transform)
 
 

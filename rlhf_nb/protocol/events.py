@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from rlhf_nb.protocol.spec import OneReward
+from rlhf_nb.protocol.spec import OneReward, describe
 
 State = Literal["waiting", "starting", "running", "paused", "finished", "stopped", "failed"]
 TERMINAL: frozenset[str] = frozenset({"finished", "stopped", "failed"})
@@ -128,6 +128,10 @@ class RewardReplaced(Event):
     effective_step: int
     who: str = ""
     why: str = ""
+
+    def __str__(self) -> str:
+        where = f"reward {self.part}: {self.old} → {describe(self.new)} at step {self.effective_step}"
+        return f"{where}, its scores shifted by {self.shift:+.3g}"
 
 
 class Prediction(BaseModel):

@@ -32,7 +32,8 @@ def test_weights_and_the_reward_itself_are_moved_while_a_run_trains(shell, tiny_
         said = shell.run("%rlhf set ppo-1 reward_weight/letters=0.25 --why 'length is cheap'")
         assert "reward_weight/letters 1 → 0.25 at step" in str(said)
         assert "reward/letters=" in shell.complete("%rlhf set ppo-1 reward/l")
-        shell.run("%rlhf set ppo-1 reward/letters=vowels")
+        said = str(shell.run("%rlhf set ppo-1 reward/letters=vowels"))
+        assert said.startswith("reward letters: letters → vowels at step ") and "\n" not in said
         (change,) = run.fold.rewards
         assert (change.part, change.old, change.new.name) == ("letters", "letters", "vowels")
         with pytest.raises(SpecError, match=r"its reward has several parts; set reward/NAME, NAME one of letters"):
