@@ -178,6 +178,11 @@ class PPO(Method):
     """own: a second trunk from the policy's start. policy_trunk: a head on the policy's, half the work; value errors
     then pull at the policy too, by vf_coef. none: no value model, the light variant; a token's advantage is the score
     less the KL still to come, less the mean score of its prompt where samples_per_prompt is above 1."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: models compute in bfloat16 (autocast) on float32 weights; log-probabilities, credit and loss stay
+    float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a fifth slower. Dropout is then off for good."""
     micro_batch_size: int = Field(0, ge=0)
     """Completions of one forward and backward pass on one rank, to save memory; 0 takes a minibatch whole."""
 

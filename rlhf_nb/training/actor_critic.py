@@ -38,15 +38,19 @@ def hidden_states(trunk: Any, tokens_BL: Tensor, attention_mask_BL: Tensor, at: 
 class ActorCritic(nn.Module):
     """Policy and value model in one module, so that one wrapper shares the gradients of both."""
 
-    def __init__(self, policy: Any, critic: Any | None, width: int | None) -> None:
+    def __init__(
+        self, policy: Any, critic: Any | None, width: int | None, precision: Literal["fp32", "bf16"] = "fp32"
+    ) -> None:
         """
         Args:
             policy: Causal model, an adapter on it or not.
             critic: The value model's own trunk; None reads the values off the policy's.
             width: Of the hidden states; None for no value model at all: every value is 0.
+            precision: What the models compute in; log-probabilities, entropies and values are float32 or better.
         """
         super().__init__()
         self.policy, self.critic = policy, critic
+        self.bf16 = precision == "bf16"
         self.value_head = None
         if width is None:
             return
@@ -78,6 +82,30 @@ class ActorCritic(nn.Module):
         Returns:
             (logprobs_BT, entropy_BT, values_BT) of the completion tokens; V_t is the value *before* token t.
         """
+        with torch.autocast(tokens_BL.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._outputs(
+                tokens_BL,
+                attention_mask_BL,
+                mask_BT,
+                temperature=temperature,
+                with_policy=with_policy,
+                with_values=with_values,
+                with_entropy=with_entropy,
+                entropy_gradient=entropy_gradient,
+            )
+
+    def _outputs(
+        self,
+        tokens_BL: Tensor,
+        attention_mask_BL: Tensor,
+        mask_BT: Tensor,
+        *,
+        temperature: float,
+        with_policy: bool,
+        with_values: bool,
+        with_entropy: bool,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         T = mask_BT.shape[1]
         prompt_width = tokens_BL.shape[1] - T
         at = predicting_slice(prompt_width, tokens_BL.shape[1])
@@ -116,8 +144,11 @@ class ActorCritic(nn.Module):
 class Reference:
     """The model that the KL is taken to: a second copy, or the policy with its adapter off, or none."""
 
-    def __init__(self, policy: Any, frozen: Any | None, *, absent: bool = False) -> None:
+    def __init__(
+        self, policy: Any, frozen: Any | None, *, absent: bool = False, precision: Literal["fp32", "bf16"] = "fp32"
+    ) -> None:
         self._policy, self._frozen, self._absent = policy, frozen, absent
+        self._bf16 = precision == "bf16"
 
     def state(self) -> dict[str, Tensor]:
         """Weights of a copy of its own; empty without one."""
@@ -152,12 +183,28 @@ class Reference:
         if self._absent:
             return None
         prompt_width = tokens_BL.shape[1] - mask_BT.shape[1]
-        with self.open() as (trunk, head):
+        device = tokens_BL.device.type
+        with self.open() as (trunk, head), torch.autocast(device, torch.bfloat16, enabled=self._bf16):
             hidden = hidden_states(
                 trunk, tokens_BL, attention_mask_BL, predicting_slice(prompt_width, tokens_BL.shape[1])
             )
             tokens_BT = tokens_BL[:, prompt_width:]
             return completion_logprobs(hidden, head, tokens_BT, mask_BT, temperature=temperature)[0]
+
+
+def same_weights(module: nn.Module) -> Any:
+    """A copy of a module's structure on the very same parameters and buffers: what is added to it is its own."""
+    shared = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+
+
+def without_dropout(module: nn.Module) -> None:
+    """Take the chance out of a model, so that train mode computes what eval mode does."""
+    for one in module.modules():
+        if isinstance(one, nn.Dropout):
+            one.p = 0.0
+        if isinstance(getattr(one, "attention_dropout", None), float):
+            one.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def load(
@@ -166,6 +213,7 @@ def load(
     *,
     value_model: Literal["own", "policy_trunk", "none"],
     reference: Literal["frozen", "ema", "none"] = "frozen",
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> tuple[ActorCritic, Reference]:
     """Policy, value model and reference, all three from the policy's start.
 
@@ -174,7 +222,10 @@ def load(
     policy = models.load_model(path)
     trunk, head = trunk_and_head(policy)
     _check_head(policy, trunk, head)
-    critic = copy.deepcopy(trunk) if value_model == "own" else None
+    critic = None
+    if value_model == "own":
+        # Under LoRA both train adapters only: the weights below them are one and the same.
+        critic = same_weights(trunk) if context.spec.adapter is not None else copy.deepcopy(trunk)
     width = trunk.config.get_text_config().hidden_size if value_model != "none" else None
     if context.spec.adapter is not None:
         from peft import get_peft_model
@@ -187,7 +238,9 @@ def load(
         frozen = None
     else:
         frozen = models.load_model(path).eval().requires_grad_(False)
-    return ActorCritic(policy, critic, width).eval(), Reference(policy, frozen, absent=reference == "none")
+    return ActorCritic(policy, critic, width, precision).eval(), Reference(
+        policy, frozen, absent=reference == "none", precision=precision
+    )
 
 
 @torch.no_grad()

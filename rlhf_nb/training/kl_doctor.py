@@ -39,6 +39,8 @@ class KLDoctor:
 
     @property
     def tolerance(self) -> float:
+        if self.trainer.method.precision == "bf16":
+            return TOLERANCE[torch.bfloat16]
         return TOLERANCE.get(next(self.trainer.module.policy.parameters()).dtype, 1e-3)
 
     def look(self, rollout: Rollout) -> None:

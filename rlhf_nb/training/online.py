@@ -156,7 +156,7 @@ class OnlineTrainer:
         path = context.model_path(context.spec.policy)
         self.tokenizer = models.load_tokenizer(path, self.emit)
         self.module, self.reference = actor_critic.load(
-            context, path, value_model=method.value_model, reference=method.reference
+            context, path, value_model=method.value_model, reference=method.reference, precision=method.precision
         )
         max_length = models.max_length(path, method.max_length, self.emit)
         self._take_prompts(max_length)
@@ -166,6 +166,11 @@ class OnlineTrainer:
         self.live: Any = SimpleNamespace(**method.start_values(context.spec))
         self.judge = Judge(method, context, self.live, self.device)
 
+        if method.gradient_checkpointing:
+            actor_critic.without_dropout(self.module)
+            self.module.policy.gradient_checkpointing_enable({"use_reentrant": False})
+            if self.module.critic is not None:
+                self.module.critic.gradient_checkpointing_enable({"use_reentrant": False})
         self.module.to(self.device)
         self.reference.to(self.device)
         self.sampler = self.make_sampler(*actor_critic.trunk_and_head(self.module.policy))
@@ -189,7 +194,9 @@ class OnlineTrainer:
 
     def make_sampler(self, trunk: Any, head: Any) -> TransformersSampler:
         ends = end_tokens(self.module.policy, self.tokenizer)
-        return TransformersSampler(trunk, head, end_tokens=ends, pad_token=self.tokenizer.pad_token_id)
+        return TransformersSampler(
+            trunk, head, end_tokens=ends, pad_token=self.tokenizer.pad_token_id, precision=self.method.precision
+        )
 
     def _take_prompts(self, max_length: int) -> None:
         """Rows and their tokens, without the prompts that leave no room for a completion."""
@@ -638,6 +645,8 @@ class OnlineTrainer:
             with self.accelerator.no_sync(self.model):
                 pretraining = self.pretraining.backward()
         parts = torch.arange(len(batch.mask_BT), device=self.device).split(self.micro(len(batch.mask_BT)))
+        # transformers checkpoints activations in train mode only; there is no dropout left that it could turn on.
+        self.model.train(self.method.gradient_checkpointing)
         for index, rows in enumerate(parts):
             part = batch.rows(rows).trimmed()
             if index + 1 < len(parts):
@@ -645,6 +654,7 @@ class OnlineTrainer:
                     self._backward(part, tokens, temperature, sums, as_sampled)
             else:
                 self._backward(part, tokens, temperature, sums, as_sampled)
+        self.model.eval()
         metrics = self._reduce(sums, tokens)
         if pretraining is not None:
             metrics["loss/pretraining"] = self.accelerator.reduce(pretraining, reduction="sum").item()

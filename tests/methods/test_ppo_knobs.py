@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,7 +137,6 @@ def test_without_a_value_model_it_trains_and_claims_no_values(ppo, adapter, grou
 
 
 def test_the_advantage_without_a_value_model_is_score_less_group_mean_less_the_kl_to_come():
-    from types import SimpleNamespace
 
     from rlhf_nb.training.online import Rollout
 
@@ -317,3 +317,66 @@ def test_a_run_killed_twenty_times_in_every_phase_equals_one_that_never_was(ppo)
     assert [event.seq for event in place.events()] == list(range(1, len(place.events()) + 1))
     a, b = (load_file(each.model / "model.safetensors") for each in (place, whole))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- memory and precision ---------------------------------------------------------------------------------------------
+
+
+def test_policy_reference_and_values_stand_on_one_set_of_weights_under_lora(job, tiny_model_maker):
+    from rlhf_nb.training import actor_critic
+
+    place = job.prepare("ppo", ROWS, config=CONFIG, reward=LETTERS, adapter=LoRA(r=2))
+    context = SimpleNamespace(spec=place.spec())
+    path = str(tiny_model_maker("still", dropout=0.0))
+    module, reference = actor_critic.load(context, path, value_model="own")
+    alone = sum(p.numel() for p in actor_critic.models.load_model(path).parameters())
+    held = {p.data_ptr(): p.numel() for p in module.parameters()}
+    adapters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert sum(held.values()) == alone + adapters and reference.state() == {}
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    assert any(name.startswith("critic.") for name in names) and any(name.startswith("policy.") for name in names)
+    # Two adapters, not one: what the values learn leaves the policy as it is.
+    tokens, seen = torch.randint(3, 50, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
+    before = module(tokens, seen, seen[:, :4], with_values=False)[0]
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if name.startswith("critic.") and weight.requires_grad:
+                weight.add_(torch.randn_like(weight))
+    assert torch.equal(module(tokens, seen, seen[:, :4], with_values=False)[0], before)
+
+
+@pytest.mark.parametrize("knobs", [{"value_model": "own"}, {"value_model": "policy_trunk"}], ids=str)
+@pytest.mark.parametrize("adapter", [None, LoRA(r=4)], ids=["full", "lora"])
+def test_activations_that_are_computed_again_change_no_number(ppo, adapter, knobs):
+    def numbers(place):
+        return [
+            {k: v for k, v in row.values.items() if not k.startswith("time/")} for row in fold(place).rows
+        ]  # fmt: skip
+
+    plain = ppo("plain", max_steps=4, adapter=adapter, **knobs)
+    again = ppo("again", max_steps=4, adapter=adapter, gradient_checkpointing=True, **knobs)
+    for one, other in zip(numbers(plain), numbers(again), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_dropout_of_the_base_model_stays_out_where_activations_are_computed_again(ppo, job, tiny_model_maker):
+    job.model = tiny_model_maker("drops", dropout=0.3)
+    plain, again = ppo("plain", max_steps=2), ppo("again", max_steps=2, gradient_checkpointing=True)
+    first, second = (fold(place).rows[-2].values["loss"] for place in (plain, again))
+    assert first == pytest.approx(second, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("adapter", [None, LoRA(r=4)], ids=["full", "lora"])
+def test_bf16_computes_in_bf16_and_keeps_what_matters_in_fp32(ppo, adapter):
+    plain, low = ppo("plain", adapter=adapter), ppo("low", adapter=adapter, precision="bf16")
+    gaps = [
+        row.values["rollout/logprob_mismatch"] for row in fold(low).rows if "rollout/logprob_mismatch" in row.values
+    ]
+    assert gaps and max(gaps) < 0.05
+    assert not [n for n in fold(low).notices if n.code == "kl_doctor/mismatch"]
+    one, other = (rollouts(place)[0]["reward/score"] for place in (plain, low))
+    assert one == pytest.approx(other, abs=0.5)
+    saved = load_file(low.model / "model.safetensors")
+    assert {str(weight.dtype) for weight in saved.values()} == {"torch.float32"}
+    losses = [[r.values["loss"] for r in fold(p).rows if "loss" in r.values] for p in (plain, low)]
+    assert losses[0] != losses[1] and all(math.isfinite(value) for value in losses[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +36,15 @@ def pick(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 class TransformersSampler:
-    def __init__(self, trunk: nn.Module, head: nn.Module, *, end_tokens: Collection[int], pad_token: int) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: nn.Module,
+        *,
+        end_tokens: Collection[int],
+        pad_token: int,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
         """
         Args:
             trunk: Tokens → hidden states, with a key-value cache.
@@ -44,9 +53,14 @@ class TransformersSampler:
         """
         self.trunk, self.head, self.pad_token = trunk, head, pad_token
         self.end_tokens = sorted(end_tokens)
+        self.bf16 = precision == "bf16"
 
-    @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[int]], uniforms_BT: np.ndarray, *, temperature: float) -> Completions:
+        device = next(self.trunk.parameters()).device
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            return self._sample(prompts, uniforms_BT, temperature)
+
+    def _sample(self, prompts: Sequence[Sequence[int]], uniforms_BT: np.ndarray, temperature: float) -> Completions:
         device = next(self.trunk.parameters()).device
         B, T = uniforms_BT.shape
         chance_BT = torch.from_numpy(uniforms_BT).to(device)
