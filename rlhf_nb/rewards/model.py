@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,36 @@ class RewardModelScorer:
         return cls(
             model, tokenizer, name=Path(path).name, max_length=models.context_length(path), batch_size=batch_size
         )
+
+    @classmethod
+    def load_on(cls, path: str, base: str, trunk: Any, *, device: Any = None) -> RewardModelScorer | None:
+        """On another model's weights: where the directory keeps an adapter that was trained on `base`; else None."""
+        import torch
+        from peft import PeftModel
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        from rlhf_nb.training.actor_critic import same_weights
+
+        adapter = Path(path) / "adapter"
+        if not (adapter / "adapter_config.json").exists():
+            return None
+        trained_on = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        if Path(trained_on.get("base_model_name_or_path") or "").resolve() != Path(base).resolve():
+            return None
+        check_head(path)
+        tokenizer = models.load_tokenizer(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+        setattr(model, model.base_model_prefix, same_weights(trunk))
+        head = next(name for name, child in model.named_children() if name != model.base_model_prefix)
+        getattr(model, head).to_empty(device="cpu")
+        model = PeftModel.from_pretrained(model, str(adapter))
+        model.config.get_text_config().pad_token_id = _pad_token_id(config.get_text_config(), tokenizer)
+        model.eval().requires_grad_(False)
+        if device is not None:
+            model.to(device)
+        return cls(model, tokenizer, name=Path(path).name, max_length=models.context_length(path))
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """One finite score for each completion, in order.

@@ -13,17 +13,31 @@ if TYPE_CHECKING:
 
 
 def load(
-    context: Context, reference: NamedReward | ModelReward | FunctionReward, *, device: Any = None
+    context: Context,
+    reference: NamedReward | ModelReward | FunctionReward,
+    *,
+    device: Any = None,
+    backbone: tuple[str, Any] | None = None,
 ) -> RewardFunction:
     """f(prompts, completions, **columns) → one finite number each.
 
     A reward model is loaded now, onto `device`.
 
+    Args:
+        backbone: A base model's directory, and its trunk with weights that stay as they are. A reward model that is an
+            adapter of the same base then stands on them, and holds no weights of its own but the adapter's.
+
     Raises:
         RlhfError: No such model, no reward model, or source that does not run.
     """
     if isinstance(reference, ModelReward):
-        return RewardModelScorer.load(context.model_path(reference.model), device=device, emit=context.emit)
+        path = context.model_path(reference.model)
+        if backbone is not None and (found := RewardModelScorer.load_on(path, *backbone, device=device)) is not None:
+            context.emit.notice(
+                "shared_backbone", f"{found.name} is an adapter of the policy's base: it stands on the same weights"
+            )
+            return found
+        return RewardModelScorer.load(path, device=device, emit=context.emit)
     return from_reference(reference)
 
 

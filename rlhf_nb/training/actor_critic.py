@@ -145,9 +145,20 @@ class Reference:
     """The model that the KL is taken to: a second copy, or the policy with its adapter off, or none."""
 
     def __init__(
-        self, policy: Any, frozen: Any | None, *, absent: bool = False, precision: Literal["fp32", "bf16"] = "fp32"
+        self,
+        policy: Any,
+        frozen: Any | None,
+        *,
+        absent: bool = False,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        backbone: nn.Module | None = None,
     ) -> None:
-        self._policy, self._frozen, self._absent = policy, frozen, absent
+        """
+        Args:
+            backbone: The trunk's weights without any adapter, where training leaves them as they are: others may stand
+                on them.
+        """
+        self._policy, self._frozen, self._absent, self.backbone = policy, frozen, absent, backbone
         self._bf16 = precision == "bf16"
 
     def state(self) -> dict[str, Tensor]:
@@ -222,6 +233,7 @@ def load(
     policy = models.load_model(path)
     trunk, head = trunk_and_head(policy)
     _check_head(policy, trunk, head)
+    backbone = same_weights(trunk) if context.spec.adapter is not None else None
     critic = None
     if value_model == "own":
         # Under LoRA both train adapters only: the weights below them are one and the same.
@@ -239,7 +251,7 @@ def load(
     else:
         frozen = models.load_model(path).eval().requires_grad_(False)
     return ActorCritic(policy, critic, width, precision).eval(), Reference(
-        policy, frozen, absent=reference == "none", precision=precision
+        policy, frozen, absent=reference == "none", precision=precision, backbone=backbone
     )
 
 

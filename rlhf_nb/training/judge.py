@@ -43,15 +43,19 @@ class Part:
 class Judge:
     """Scores this rank's completions. Texts go in, never tokens: no tokenizer need be shared."""
 
-    def __init__(self, method: PPO, context: Context, live: Any, device: Any) -> None:
-        self.method, self.context, self.live, self.device = method, context, live, device
+    def __init__(
+        self, method: PPO, context: Context, live: Any, device: Any, backbone: tuple[str, Any] | None = None
+    ) -> None:
+        self.method, self.context, self.live, self.device, self.backbone = method, context, live, device, backbone
         self.parts = [
-            Part(part.name, part.reward, load(context, part.reward, device=device))
-            for part in reward_parts(context.spec.reward)
+            Part(part.name, part.reward, self._load(part.reward)) for part in reward_parts(context.spec.reward)
         ]
         self.gold = scorer(context, "gold", device=device)
         self.journal = Journal(context.run_dir / f"rewards-{context.rank}.jsonl", read=context.attempt > 1)
         self._last: tuple[list[dict[str, Any]], list[str], list[list[float]]] | None = None
+
+    def _load(self, reference: OneReward) -> RewardFunction:
+        return load(self.context, reference, device=self.device, backbone=self.backbone)
 
     @property
     def names(self) -> list[str]:
@@ -111,7 +115,7 @@ class Judge:
         """
         index = self.names.index(control.part)
         old = self.parts[index]
-        new = Part(old.name, control.reward, load(self.context, control.reward, device=self.device))
+        new = Part(old.name, control.reward, self._load(control.reward))
         sums = [0.0, 0.0, 0.0]
         if self._last is not None:
             rows, texts, before_BM = self._last
@@ -133,7 +137,7 @@ class Judge:
 
     def again(self, change: RewardReplaced) -> None:
         """Make a recorded change again, with the shift that it had then."""
-        function = load(self.context, change.new, device=self.device)
+        function = self._load(change.new)
         self._put(self.names.index(change.part), Part(change.part, change.new, function, change.shift))
 
     def _put(self, index: int, part: Part) -> None:

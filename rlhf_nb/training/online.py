@@ -164,7 +164,8 @@ class OnlineTrainer:
         if context.spec.reward is None:
             raise SpecError(f"{method.name}: no reward; give reward= a reward model, a registered name or a function")
         self.live: Any = SimpleNamespace(**method.start_values(context.spec))
-        self.judge = Judge(method, context, self.live, self.device)
+        backbone = (path, self.reference.backbone) if self.reference.backbone is not None else None
+        self.judge = Judge(method, context, self.live, self.device, backbone)
 
         if method.gradient_checkpointing:
             actor_critic.without_dropout(self.module)

@@ -17,7 +17,18 @@ from rlhf_nb.maths.rewards import combine
 from rlhf_nb.methods.ppo import PPO
 from rlhf_nb.protocol.control import SetCoefficient, SetReward
 from rlhf_nb.protocol.fold import RunFold
-from rlhf_nb.protocol.spec import BlobData, CombinedReward, DataPart, FunctionReward, MixedData, RewardPart, RunSpec
+from rlhf_nb.protocol.spec import (
+    BlobData,
+    CombinedReward,
+    DataPart,
+    FunctionReward,
+    LoRA,
+    MixedData,
+    ModelReward,
+    PathModel,
+    RewardPart,
+    RunSpec,
+)
 from rlhf_nb.training import checkpoints
 from rlhf_nb.training.prompt_order import PromptOrder
 
@@ -272,3 +283,33 @@ def test_prompts_of_a_mixture_are_drawn_by_their_shares_not_their_sizes(ppo):
     place.spec_path.write_text(spec.model_copy(update={"data": mixed}).model_dump_json())
     ppo.job.run(place)
     assert [row["reward/score"] for row in rollouts(place)] == [0.5] * 4
+
+
+# --- the reward model on the policy's own weights ---------------------------------------------------------------------
+
+
+def test_a_reward_model_that_is_an_adapter_of_the_same_base_stands_on_its_weights(ppo, job):
+    from rlhf_nb.rewards.model import RewardModelScorer
+    from rlhf_nb.training import actor_critic, models
+
+    pairs = [{"prompt": row["prompt"], "chosen": "It is far.", "rejected": "zzz"} for row in ROWS]
+    config = {"max_steps": 4, "batch_size": 2, "max_length": 80, "learning_rate": 1e-2}
+    place = job("reward", pairs, name="rm", config=config, adapter=LoRA(r=2))
+    trunk, _ = actor_critic.trunk_and_head(models.load_model(str(job.model)))
+    shared = RewardModelScorer.load_on(str(place.model), str(job.model), trunk)
+    said = (["Who?", "Why?"], ["It is far.", "zzz and more"])
+    alone = RewardModelScorer.load(str(place.model))
+    assert shared.score(*said) == pytest.approx(alone.score(*said), abs=1e-4)
+    own = {p.data_ptr() for p in trunk.parameters()}
+    extra = sum(p.numel() for p in shared.model.parameters() if p.data_ptr() not in own)
+    assert extra < 0.25 * sum(p.numel() for p in alone.model.parameters())
+    assert RewardModelScorer.load_on(str(place.model), "/another/base", trunk) is None
+
+    reward = ModelReward(model=PathModel(path=str(place.model)))
+    scores = {}
+    for name, adapter in (("lora", LoRA(r=2)), ("full", None)):
+        run = job.prepare("ppo", ROWS, name=name, config={**CONFIG, "max_steps": 2}, reward=reward, adapter=adapter)
+        job.run(run)
+        scores[name] = rollouts(run)[0]["reward/score"]
+        assert any(n.code == "shared_backbone" for n in fold(run).notices) == (name == "lora")
+    assert scores["lora"] == pytest.approx(scores["full"], abs=1e-4)
