@@ -56,7 +56,7 @@ _ENTRIES = (
     Entry("policy/clip_fraction", "clipped tokens", "", "share of tokens whose policy gradient the clip took", "mean over the step's tokens", "watch"),
     Entry("value/clip_fraction", "clipped values", "", "share of tokens whose value gradient the clip took", "mean over the step's tokens", "watch"),
     Entry("policy/approx_kl", "KL of the update", "nats/token", "KL(π_behavior ‖ π)", "k3, mean over the step's tokens, before the step", "watch"),
-    Entry("policy/update_kl", "KL of a rollout's update", "nats", "KL(π_behavior ‖ π)", "k3, summed over a completion's tokens, mean over 8 completions, after the rollout's steps", "watch"),
+    Entry("policy/update_kl", "KL of a rollout's update", "nats", "KL(π_behavior ‖ π)", "k3, summed over a completion's tokens, mean over 4 completions, after the rollout's steps", "watch"),
     Entry("optimizer/gradient_snr", "gradient signal to noise", "", "‖E g‖² / tr Cov g of a minibatch", "pairs of minibatches of one pass, 65,536 coordinates", "watch"),
     Entry("convergence/gap", "still to be gained", "score", "Var(r − β·log(π/π_ref)) / 2β", "variance within a prompt, mean over prompts; zero exactly at the optimum", "down"),
     Entry("rollout/logprob_mismatch", "sampler and trainer apart", "nats/token", "|log π_trainer − log π_sampler|", "mean over the tokens of a rollout's first minibatch", "down"),

@@ -52,7 +52,7 @@ ADAM_EPS = 1e-5
 """Huang et al. 2024, arXiv:2403.17031, detail 16: torch's 1e-8 lets the first steps of PPO jump."""
 
 
-UPDATE_KL_ROWS = 8
+UPDATE_KL_ROWS = 4
 
 
 class Live(Protocol):
@@ -176,7 +176,7 @@ class OnlineTrainer:
         self.reference.to(self.device)
         self.sampler = self.make_sampler(*actor_critic.trunk_and_head(self.module.policy))
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=method.learning_rate, eps=ADAM_EPS, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained, lr=method.learning_rate, eps=ADAM_EPS, weight_decay=0.0, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         # accelerate switches prepared modules to train mode.
         self.model.eval()
