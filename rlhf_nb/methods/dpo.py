@@ -1,21 +1,23 @@
-"""Direct Preference Optimization.
+"""Direct Preference Optimization, and its relatives that differ in the loss alone.
 
-Paper    Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
+Paper    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; of each other loss, see `loss_type`.
 Rows     prompt, chosen, rejected.
 Models   policy (trained), reference (frozen; the saved policy it starts from; under LoRA the policy, adapter off).
-Live     beta, learning_rate. Raising beta keeps the policy closer to the reference.
-Agrees   with trl.DPOTrainer, loss_type="sigmoid", bit for bit; tests/training/test_identical.py.
+Live     beta, learning_rate; label_smoothing where the loss reads it. Raising beta keeps the policy closer to the reference.
+Agrees   with trl.DPOTrainer, bit for bit; tests/training/test_identical.py and tests/methods/test_dpo.py.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rlhf_nb.errors import SpecError
 from rlhf_nb.methods.base import LEARNING_RATE, GradientMethod, LiveCoefficient, Trainer
 
 if TYPE_CHECKING:
+    from rlhf_nb.protocol.spec import RunSpec
     from rlhf_nb.training.context import Context
 
 NAMES = {
@@ -42,6 +44,26 @@ BETA = LiveCoefficient(
 )
 
 
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+"""Losses that read label_smoothing."""
+
+
+def without_smoothing(method: DPO) -> str | None:
+    if method.loss_type in SMOOTHED:
+        return None
+    return f"loss_type={method.loss_type} has no label smoothing; robust, exo_pair and aot have"
+
+
+SMOOTHING = LiveCoefficient(
+    "label_smoothing",
+    low=0.0,
+    high=0.49,
+    meaning="Share of labels that are believed flipped.",
+    writes="trainer.label_smoothing",
+    unavailable_when=without_smoothing,
+)
+
+
 class DPO(GradientMethod):
     """Prefer what people chose, held to a reference, without a reward model."""
 
@@ -50,12 +72,33 @@ class DPO(GradientMethod):
     paper: ClassVar[str] = "arXiv:2305.18290"
     rows: ClassVar[str] = "pairs"
     has_reference: ClassVar[bool] = True
-    live: ClassVar[tuple[LiveCoefficient, ...]] = (BETA, LEARNING_RATE)
+    live: ClassVar[tuple[LiveCoefficient, ...]] = (BETA, LEARNING_RATE, SMOOTHING)
 
     beta: float = Field(0.1, gt=0)
     """Anchor to the reference, dimensionless. 0.1 is the paper's default."""
+    loss_type: Literal[
+        "sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+        "aot_unpaired", "apo_zero", "apo_down", "discopop"
+    ] = "sigmoid"  # fmt: skip
+    """sigmoid: DPO. sigmoid_norm: log-probabilities averaged over tokens (length-normalised). ipo: a squared loss that
+    cannot be driven without end, averaged over tokens (Azar et al. 2023, arXiv:2310.12036, eq. 17; the paper's sum over
+    tokens is not TRL's). hinge: SLiC, arXiv:2305.10425. robust: labels that are flipped at a known rate,
+    arXiv:2403.00409. exo_pair arXiv:2402.00856, nca_pair arXiv:2402.05369, bco_pair arXiv:2404.04656, sppo_hard
+    arXiv:2405.00675, aot and aot_unpaired arXiv:2406.05882, apo_zero and apo_down arXiv:2408.06266, discopop
+    arXiv:2406.08414."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of labels that are believed flipped; read by robust, exo_pair (which needs it above 0) and aot."""
     learning_rate: float = Field(1e-6, ge=0)
     """Peak of the schedule. 1e-6 suits whole models of a billion parameters; LoRA wants 1e-5, the toy model 1e-4."""
+
+    def check(self, spec: RunSpec) -> None:
+        if self.label_smoothing and self.loss_type not in SMOOTHED:
+            raise SpecError(
+                f"dpo: label_smoothing={self.label_smoothing:g} is not read by loss_type={self.loss_type}; use robust, "
+                f"or leave it at 0"
+            )
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise SpecError("dpo: loss_type=exo_pair takes the logarithm of label_smoothing; give 0.001 or so")
 
     @classmethod
     def preload(cls) -> None:
@@ -82,7 +125,8 @@ class DPO(GradientMethod):
                 **training_arguments(context),
                 max_length=max_length,
                 beta=self.beta,
-                loss_type="sigmoid",
+                loss_type=self.loss_type,
+                label_smoothing=self.label_smoothing,
             ),
             train_dataset=Dataset.from_list(data.for_trl(context.rows, self.rows, tokenizer)),
             processing_class=tokenizer,
@@ -90,11 +134,17 @@ class DPO(GradientMethod):
         )
         data.say_what_fits(context, trainer.train_dataset, SIDES, max_length)
         beta = BoundCoefficient(BETA, lambda: float(trainer.beta), lambda value: setattr(trainer, "beta", value))
+        smoothing = BoundCoefficient(
+            SMOOTHING,
+            lambda: float(trainer.label_smoothing),
+            lambda value: setattr(trainer, "label_smoothing", value),
+            without_smoothing(self),
+        )
         return SteeredTrainer(
             trainer,
             context,
             names=NAMES,
-            live=[beta],
+            live=[beta, smoothing],
             derive=lambda values: log_ratios(values, trainer.beta),
             sampler=lambda built: Sampler.of(context, built, policy),
         )

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from rlhf_nb.protocol.spec import RunSpec
     from rlhf_nb.training.context import Context
-    from rlhf_nb.training.online import Credit, Live, Minibatch, Outputs, Rollout, TokenLosses
+    from rlhf_nb.training.online_types import Credit, Live, Minibatch, Outputs, Rollout, TokenLosses
 
 
 PENALTIES = {"reward": "k1", "loss": "ratio_k3"}
@@ -384,7 +384,7 @@ class PPO(Method):
         from rlhf_nb.maths import kl
         from rlhf_nb.maths.advantages import gae, group_advantages, returns_to_go, token_rewards
         from rlhf_nb.maths.masked import masked_whiten
-        from rlhf_nb.training.online import Credit
+        from rlhf_nb.training.online_types import Credit
 
         mask_BT = rollout.mask_BT
         kl_BT = kl.estimate(rollout.behavior_logprobs_BT, rollout.reference_logprobs_BT, "k1")
@@ -413,7 +413,7 @@ class PPO(Method):
         tokens."""
         from rlhf_nb.maths import kl
         from rlhf_nb.maths.policy_gradient import clipped_policy_loss, clipped_value_loss
-        from rlhf_nb.training.online import TokenLosses
+        from rlhf_nb.training.online_types import TokenLosses
 
         policy = clipped_policy_loss(
             outputs.logprobs_BT,

@@ -16,7 +16,8 @@ from rlhf_nb.maths import kl
 from rlhf_nb.maths.masked import masked_mean, masked_sum
 
 if TYPE_CHECKING:
-    from rlhf_nb.training.online import OnlineTrainer, Rollout
+    from rlhf_nb.training.online import OnlineTrainer
+    from rlhf_nb.training.online_types import Rollout
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Nats a token by which sampler and trainer may differ: their kernels sum in another order."""

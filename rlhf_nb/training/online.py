@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from rlhf_nb.training.judge import Judge
 from rlhf_nb.training.kl_doctor import KLDoctor
 from rlhf_nb.training.online_checkpoint import load_checkpoint, save_checkpoint
 from rlhf_nb.training.online_samples import SampleTable
+from rlhf_nb.training.online_types import Credit, Minibatch, Outputs, Rollout
 from rlhf_nb.training.pretraining import Pretraining
 from rlhf_nb.training.preview import answer as answer_preview
 from rlhf_nb.training.prompt_order import PromptOrder
@@ -53,91 +54,6 @@ ADAM_EPS = 1e-5
 
 
 UPDATE_KL_ROWS = 4
-
-
-class Live(Protocol):
-    """Live coefficients as they are now, by name."""
-
-    def __getattr__(self, name: str) -> float: ...
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Completions of all ranks, in the order of their global rows. Tensors lie on this rank's device."""
-
-    tokens_BL: Tensor  # noqa: N815
-    """(B, P + T) prompts padded on the left, completions on the right."""
-    attention_mask_BL: Tensor  # noqa: N815
-    mask_BT: Tensor  # noqa: N815
-    """(B, T) bool: completion tokens that count, the end token with them."""
-    behavior_logprobs_BT: Tensor  # noqa: N815
-    reference_logprobs_BT: Tensor  # noqa: N815
-    values_BT: Tensor  # noqa: N815
-    score_B: Tensor  # noqa: N815
-    """(B,) as the reward gave it."""
-    gold_B: Tensor | None  # noqa: N815
-    ended_B: Tensor  # noqa: N815
-    temperature: float
-    parts_BM: Tensor | None = None  # noqa: N815
-    """(B, M) scores by each part of a combined reward, before weights."""
-    reference_score_BR: Tensor | None = None  # noqa: N815
-    """(B, R) scores of what the reference said to the same prompt."""
-    score_shift: float = 0.0
-    """Mean of the scores so far, where they are normalised."""
-    score_spread: float = 1.0
-    """Their standard deviation."""
-
-
-@dataclass(frozen=True)
-class Credit:
-    total_B: Tensor  # noqa: N815
-    """(B,) what is optimised, summed over a completion: score, penalties and KL."""
-    advantages_BT: Tensor  # noqa: N815
-    returns_BT: Tensor  # noqa: N815
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """This rank's rows of one optimizer step."""
-
-    tokens_BL: Tensor  # noqa: N815
-    attention_mask_BL: Tensor  # noqa: N815
-    mask_BT: Tensor  # noqa: N815
-    behavior_logprobs_BT: Tensor  # noqa: N815
-    reference_logprobs_BT: Tensor  # noqa: N815
-    values_BT: Tensor  # noqa: N815
-    advantages_BT: Tensor  # noqa: N815
-    returns_BT: Tensor  # noqa: N815
-
-    def rows(self, index: Tensor) -> Minibatch:
-        return Minibatch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
-
-    def trimmed(self) -> Minibatch:
-        """Without the columns in which no row has a token."""
-        T = self.mask_BT.shape[1]
-        P = self.tokens_BL.shape[1] - T
-        first = int(self.attention_mask_BL[:, :P].any(0).long().argmax())
-        last = int(self.mask_BT.any(0).long().sum())
-        cut = {name: getattr(self, name)[:, first : P + last] for name in ("tokens_BL", "attention_mask_BL")}
-        rest = {f.name: getattr(self, f.name)[:, :last] for f in fields(self) if f.name.endswith("_BT")}
-        return Minibatch(**cut, **rest)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What the models say now of a minibatch's tokens."""
-
-    logprobs_BT: Tensor  # noqa: N815
-    entropy_BT: Tensor  # noqa: N815
-    values_BT: Tensor  # noqa: N815
-
-
-@dataclass(frozen=True)
-class TokenLosses:
-    loss_BT: Tensor  # noqa: N815
-    """Its mean over the tokens of the global minibatch is minimised."""
-    metrics: dict[str, Tensor]
-    """Name → (B, T); the mean over the global minibatch's tokens is logged."""
 
 
 class NotFiniteError(ComputeError):

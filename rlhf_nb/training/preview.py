@@ -15,7 +15,8 @@ from rlhf_nb.training.rollout.base import uniforms
 from rlhf_nb.training.rollout.transformers_backend import pad_left
 
 if TYPE_CHECKING:
-    from rlhf_nb.training.online import OnlineTrainer, Rollout
+    from rlhf_nb.training.online import OnlineTrainer
+    from rlhf_nb.training.online_types import Rollout
 
 STREAM = 3 << 60
 """Far above any rollout's number: a preview never draws a number that training draws."""
@@ -52,7 +53,7 @@ def answer(trainer: OnlineTrainer, request: Preview) -> Previewed:
 
 
 def _drawn(trainer: OnlineTrainer, request: Preview) -> Rollout:
-    from rlhf_nb.training.online import Rollout
+    from rlhf_nb.training.online_types import Rollout
 
     method, temperature = trainer.method, trainer.temperature
     chance = np.random.default_rng([method.seed, trainer.step, 5])

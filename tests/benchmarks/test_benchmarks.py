@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SCRIPTS = ("import_cost", "first_metric", "overhead", "control_latency", "replay", "pixels")
+SCRIPTS = ("import_cost", "first_metric", "overhead", "control_latency", "replay", "pixels", "ppo_vs_trl")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from rlhf_nb.maths import advantages, kl
 from rlhf_nb.maths.reweighting import tilted
 from rlhf_nb.methods.ppo import PPO
-from rlhf_nb.training.online import Minibatch, Outputs, Rollout
+from rlhf_nb.training.online_types import Minibatch, Outputs, Rollout
 
 SHARE = 2e-3
 """Of KL(π_ref ‖ π*): what may be left. A tenth more β, the weakest fault planted here, leaves several times as much."""

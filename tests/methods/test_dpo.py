@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.errors import SpecError
 from rlhf_nb.maths.preference import dpo_loss
-from rlhf_nb.methods.dpo import DPO
-from rlhf_nb.protocol.spec import LoRA, RunModel
+from rlhf_nb.methods.dpo import DPO, SMOOTHED
+from rlhf_nb.protocol.control import SetCoefficient
+from rlhf_nb.protocol.spec import LoRA, RunModel, RunSpec
 from rlhf_nb.toy import demonstrations, pairs
 from rlhf_nb.training.data import conversation_ids, prompt_ids
 from rlhf_nb.training.sampling import sequence_logprobs
@@ -94,3 +97,114 @@ def test_samples_carry_the_tether(job, trace):
 def test_beta_must_be_positive():
     with pytest.raises(SpecError, match=r"dpo: beta=-1: should be greater than 0"):
         DPO.create(beta=-1)
+
+
+# --- the other losses: each step's loss, redone by its paper's formula from the logged log-ratios ---------------------
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x)) if x > -30 else x
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def smoothed(margin: float, share: float) -> float:
+    return -(1 - share) * log_sigmoid(margin) - share * log_sigmoid(-margin)
+
+
+def robust(margin: float, share: float) -> float:
+    return (-(1 - share) * log_sigmoid(margin) + share * log_sigmoid(-margin)) / (1 - 2 * share)
+
+
+def exo(margin: float, share: float) -> float:
+    """KL of the policy's preference to the smoothed label's."""
+    return sigmoid(margin) * (log_sigmoid(margin) - math.log(1 - share)) + sigmoid(-margin) * (
+        log_sigmoid(-margin) - math.log(share)
+    )
+
+
+def discopop(margin: float, tau: float = 0.05) -> float:
+    mix = sigmoid(margin / tau)
+    return -log_sigmoid(margin) * (1 - mix) + math.exp(-margin) * mix
+
+
+class Pair(NamedTuple):
+    """Log-ratios of the two sides, summed over their tokens."""
+
+    chosen: float
+    rejected: float
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+B, SHARE = 0.3, 0.2
+FORMULAS = {
+    "sigmoid": lambda p: -log_sigmoid(B * (p.chosen - p.rejected)),
+    "sigmoid_norm": lambda p: -log_sigmoid(B * (p.chosen / p.chosen_tokens - p.rejected / p.rejected_tokens)),
+    "ipo": lambda p: (p.chosen / p.chosen_tokens - p.rejected / p.rejected_tokens - 1 / (2 * B)) ** 2,
+    "hinge": lambda p: max(0.0, 1 - B * (p.chosen - p.rejected)),
+    "robust": lambda p: robust(B * (p.chosen - p.rejected), SHARE),
+    "exo_pair": lambda p: exo(B * (p.chosen - p.rejected), SHARE),
+    "nca_pair": lambda p: (
+        -log_sigmoid(B * p.chosen) - 0.5 * log_sigmoid(-B * p.chosen) - 0.5 * log_sigmoid(-B * p.rejected)
+    ),
+    "bco_pair": lambda p: -log_sigmoid(B * p.chosen) - log_sigmoid(-B * p.rejected),
+    "sppo_hard": lambda p: (p.chosen - 0.5 / B) ** 2 + (p.rejected + 0.5 / B) ** 2,
+    "aot": lambda p: smoothed(B * (p.chosen - p.rejected), SHARE),
+    "aot_unpaired": lambda p: smoothed(B * (p.chosen - p.rejected), SHARE),
+    "apo_zero": lambda p: 1 - sigmoid(B * p.chosen) + sigmoid(B * p.rejected),
+    "apo_down": lambda p: sigmoid(B * p.chosen) + 1 - sigmoid(B * (p.chosen - p.rejected)),
+    "discopop": lambda p: discopop(B * (p.chosen - p.rejected)),
+}
+
+
+def test_every_loss_has_its_formula_here():
+    assert set(FORMULAS) == set(DPO.model_fields["loss_type"].annotation.__args__)
+
+
+@pytest.mark.parametrize("loss_type", FORMULAS)
+def test_the_loss_is_its_paper_s(job, trace, loss_type):
+    knobs = {"label_smoothing": SHARE} if loss_type in SMOOTHED else {}
+    rows = pairs(1)
+    place = job("dpo", rows, config={**CONFIG, "batch_size": 1, "beta": B, "loss_type": loss_type, **knobs})
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    start = len(prompt_ids(rows[0]["prompt"], tokenizer))
+    m, n = (
+        len(conversation_ids(rows[0]["prompt"], rows[0][side], tokenizer)) - start for side in ("chosen", "rejected")
+    )
+    chosen, rejected, loss = (trace(place, name) for name in ("log_ratio/chosen", "log_ratio/rejected", "loss"))
+    for step in (1, 2, 3):
+        expected = FORMULAS[loss_type](Pair(chosen[step], rejected[step], m, n))
+        assert loss[step] == pytest.approx(expected, rel=2e-4, abs=1e-5), f"step {step}"
+    assert chosen[3] != 0.0
+
+
+def test_label_smoothing_is_live_where_the_loss_reads_it_and_says_why_where_not(job, trace):
+    config = {**CONFIG, "batch_size": 1, "beta": B, "loss_type": "robust", "label_smoothing": 0.0}
+    place = job.prepare("dpo", pairs(1), config=config)
+    append_line(place.control_path, SetCoefficient(name="label_smoothing", value=SHARE).model_dump())
+    job.run(place)
+    (change,) = [event for event in place.events() if event.kind == "coefficient_changed"]
+    assert (change.new, change.effective_step) == (SHARE, 1)
+    margin = trace(place, "log_ratio/margin")
+    for step in (1, 2, 3):
+        assert trace(place, "loss")[step] == pytest.approx(FORMULAS["robust"](Pair(margin[step], 0.0, 1, 1)), rel=2e-4)
+    plain = job.prepare("dpo", pairs(1), name="plain", config={**config, "loss_type": "sigmoid"})
+    append_line(plain.control_path, SetCoefficient(name="label_smoothing", value=SHARE).model_dump())
+    (refused,) = [event for event in job.run(plain).events() if event.kind == "control_refused"]
+    assert "loss_type=sigmoid has no label smoothing" in refused.reason
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing=0.1 is not read by loss_type=sigmoid"),
+        ({"loss_type": "exo_pair"}, "exo_pair takes the logarithm of label_smoothing"),
+    ],
+)
+def test_smoothing_that_cannot_act_is_refused(knobs, says):
+    spec = RunSpec(run_id="x", workspace_id="x", method="dpo", config={}, created=0.0)
+    with pytest.raises(SpecError, match=says):
+        DPO(**knobs).check(spec)

@@ -138,7 +138,7 @@ def test_without_a_value_model_it_trains_and_claims_no_values(ppo, adapter, grou
 
 def test_the_advantage_without_a_value_model_is_score_less_group_mean_less_the_kl_to_come():
 
-    from rlhf_nb.training.online import Rollout
+    from rlhf_nb.training.online_types import Rollout
 
     mask = torch.tensor([[True, True], [True, False]])
     behavior, reference = torch.tensor([[-1.0, -2.0], [-1.0, 0.0]]), torch.tensor([[-1.5, -2.25], [-1.0, 0.0]])

@@ -102,7 +102,11 @@ def test_dpo_beta_enters_the_loss_of_the_effective_step(job, trace):
 
 def test_the_start_event_describes_every_live_coefficient(job):
     started = job("dpo", pairs(4), config={**CONFIG, "sample_every": 0, "beta": 0.3}).events()[0]
-    assert {c.name: c.value for c in started.coefficients} == {"beta": 0.3, "learning_rate": 1e-6}
+    assert {c.name: c.value for c in started.coefficients} == {
+        "beta": 0.3,
+        "learning_rate": 1e-6,
+        "label_smoothing": 0.0,
+    }
     assert started.has_reference
     assert (started.world_size, started.max_steps, len(started.rank_pids)) == (1, 6, 1)
 
