@@ -3,7 +3,8 @@
 Paper    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; of each other loss, see `loss_type`.
 Rows     prompt, chosen, rejected.
 Models   policy (trained), reference (frozen; the saved policy it starts from; under LoRA the policy, adapter off).
-Live     beta, learning_rate; label_smoothing where the loss reads it. Raising beta keeps the policy closer to the reference.
+Live     beta, learning_rate; label_smoothing where the loss reads it. Raising beta keeps the policy closer to the
+         reference.
 Agrees   with trl.DPOTrainer, bit for bit; tests/training/test_identical.py and tests/methods/test_dpo.py.
 """
 
