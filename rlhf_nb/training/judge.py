@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rlhf_nb.compute.rundir import LineTail, append_line
-from rlhf_nb.errors import RewardError
+from rlhf_nb.errors import RewardError, RlhfError
 from rlhf_nb.maths.rewards import combine
 from rlhf_nb.protocol.control import SetReward
 from rlhf_nb.protocol.events import RewardReplaced
@@ -115,13 +115,20 @@ class Judge:
         """
         index = self.names.index(control.part)
         old = self.parts[index]
-        new = Part(old.name, control.reward, self._load(control.reward))
-        sums = [0.0, 0.0, 0.0]
-        if self._last is not None:
-            rows, texts, before_BM = self._last
-            scores = self._call(new, rows, texts)
-            sums = [sum(row[index] for row in before_BM), sum(scores), float(len(scores))]
-        before, after, n = (sum(each) for each in zip(*distributed.gather_objects(sums), strict=True))
+        sums, failure, new = [0.0, 0.0, 0.0], None, old
+        try:
+            new = Part(old.name, control.reward, self._load(control.reward))
+            if self._last is not None:
+                rows, texts, before_BM = self._last
+                scores = self._call(new, rows, texts)
+                sums = [sum(row[index] for row in before_BM), sum(scores), float(len(scores))]
+        except RlhfError as error:
+            failure = str(error)
+        # Every rank answers: one on which it failed must not leave the others waiting.
+        answers = distributed.gather_objects((sums, failure))
+        if failures := [said for _, said in answers if said is not None]:
+            raise RewardError(failures[0])
+        before, after, n = (sum(each) for each in zip(*(said for said, _ in answers), strict=True))
         new.shift = (before - after) / n if n else 0.0
         self._put(index, new)
         return RewardReplaced(

@@ -23,12 +23,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlhf_nb.errors import ComputeError, DataError, SpecError
+from rlhf_nb.errors import ComputeError, DataError, RewardError, SpecError
 from rlhf_nb.maths import kl
 from rlhf_nb.maths.controllers import RunningMoments, adapted_kl_coef
 from rlhf_nb.maths.masked import masked_sum
 from rlhf_nb.maths.reweighting import gap_variance
-from rlhf_nb.protocol.events import CoefficientChanged, Resumed
+from rlhf_nb.protocol.events import CoefficientChanged, ControlRefused, Resumed
 from rlhf_nb.training import actor_critic, checkpoints, data, distributed, models
 from rlhf_nb.training.control import BoundCoefficient
 from rlhf_nb.training.gradient_noise import GradientNoise
@@ -313,7 +313,12 @@ class OnlineTrainer:
         loop.preview_requests.clear()
         for preview in previews:
             if self.context.is_main:
-                self.emit.event(answer_preview(self, preview))
+                try:
+                    self.emit.event(answer_preview(self, preview))
+                except RewardError as error:
+                    # Only looked at: the same fault in a rollout ends the run.
+                    reason = str(error).splitlines()[0]
+                    self.emit.event(ControlRefused(id=preview.id, op=preview.op, reason=reason))
         if loop.checkpoint_requested and self._between_rollouts:
             loop.checkpoint_requested.clear()
             self.save_checkpoint()

@@ -15,7 +15,7 @@ from rlhf_nb.data.rows import content_hash, encode_rows
 from rlhf_nb.errors import RewardError, SpecError
 from rlhf_nb.maths.rewards import combine
 from rlhf_nb.methods.ppo import PPO
-from rlhf_nb.protocol.control import SetCoefficient, SetReward
+from rlhf_nb.protocol.control import Preview, SetCoefficient, SetReward
 from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import (
     BlobData,
@@ -313,3 +313,16 @@ def test_a_reward_model_that_is_an_adapter_of_the_same_base_stands_on_its_weight
         scores[name] = rollouts(run)[0]["reward/score"]
         assert any(n.code == "shared_backbone" for n in fold(run).notices) == (name == "lora")
     assert scores["lora"] == pytest.approx(scores["full"], abs=1e-4)
+
+
+def test_a_preview_whose_reward_fails_is_refused_and_the_run_goes_on(ppo):
+    picky = FunctionReward(
+        name="picky",
+        source="def picky(prompts, completions):\n    if len(completions) == 6:\n        "
+        "raise ValueError('not these')\n"
+        "    return [float(len(text)) for text in completions]",
+    )
+    place = ppo(reward=picky, controls=[Preview(values=[0.1], prompts=2, samples=3)])
+    (refused,) = [event for event in place.events() if event.kind == "control_refused"]
+    assert "reward picky: ValueError: not these" in refused.reason
+    assert len(rollouts(place)) == 4 and not fold(place).previews
