@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,26 +97,53 @@ class ProcessIdentity:
 
     pid: int
     created: float
+    """Unix seconds. It moves whenever the system's clock is set: where `ticks` is known, that counts."""
+    ticks: int | None = None
+    """Clock ticks between the machine's boot and the process's start, on Linux."""
+    boot: str = ""
+    """Which boot."""
 
     @classmethod
     def of(cls, pid: int | None = None) -> ProcessIdentity:
         process = psutil.Process(pid)
-        return cls(process.pid, process.create_time())
+        return cls(process.pid, process.create_time(), _start_ticks(process.pid), _boot_id())
 
     @classmethod
     def from_dict(cls, value: dict[str, Any] | None) -> ProcessIdentity | None:
-        return cls(int(value["pid"]), float(value["created"])) if value and value.get("pid") else None
+        if not value or not value.get("pid"):
+            return None
+        return cls(int(value["pid"]), float(value["created"]), value.get("ticks"), value.get("boot", ""))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"pid": self.pid, "created": self.created}
+        return {"pid": self.pid, "created": self.created, "ticks": self.ticks, "boot": self.boot}
 
     def alive(self) -> bool:
         """True for this very process, running and not a zombie."""
         try:
             process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.created) < 0.05 and process.status() != psutil.STATUS_ZOMBIE
+            if self.ticks is not None:
+                same = (_start_ticks(self.pid), _boot_id()) == (self.ticks, self.boot)
+            else:
+                same = abs(process.create_time() - self.created) < 0.05
+            return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
+
+
+def _start_ticks(pid: int) -> int | None:
+    try:
+        # The name, in parentheses, may hold anything; the 22nd field of the line is the 20th after it.
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+@cache
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 class LineTail:

@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rlhf_nb.compute import agent as agent_module
@@ -170,3 +172,13 @@ def test_runs_are_listed_oldest_first_with_their_state(agent: Agent) -> None:
     rows = agent.op_runs()
     assert [(row["run_id"], row["state"]) for row in rows] == [("a", "waiting"), ("b", "waiting")]
     assert time.time() > rows[0]["created"]
+
+
+def test_a_process_stays_itself_when_the_clock_of_the_machine_is_set(monkeypatch):
+    """psutil tells a start as seconds after the boot plus the time of the boot, and the latter moves with the clock."""
+    me = ProcessIdentity.of()
+    kept = ProcessIdentity.from_dict(json.loads(json.dumps(me.to_dict())))
+    genuine = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: genuine(self) + 1.0)
+    assert kept is not None and kept.alive()
+    assert not replace(kept, ticks=(kept.ticks or 0) + 1).alive() and not replace(kept, boot="another").alive()

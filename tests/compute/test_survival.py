@@ -95,7 +95,8 @@ def test_a_failed_run_restarts_from_its_last_checkpoint(attached_client: Client)
     client = attached_client
     spec = toy_spec(max_steps=12, die="error", die_at=9, checkpoint_every=4, step_s=0)
     client.submit(spec, BLOBS)
-    assert ended(client, spec.run_id).kind == "failed"
+    last = ended(client, spec.run_id)
+    assert (last.kind, last.step) == ("failed", 9), last
     append_line(place(client, spec.run_id).control_path, SetCoefficient(name="learning_rate", value=0.5).model_dump())
     assert client.resume(spec.run_id) == {"attempt": 2, "from_step": 8}
     assert client.status(spec.run_id)["state"] in ("waiting", "starting", "running")

@@ -63,7 +63,11 @@ def test_a_restart_keeps_the_coefficients_of_the_checkpoint_and_forgets_later_on
     append_line(place.control_path, late.model_dump())
     job.run(place, attempt=2, resume_from=checkpoints.directory(place.path, 2))
     started = [e for e in place.events() if e.kind == "started"][-1]
-    assert {c.name: c.value for c in started.coefficients} == {"beta": 0.5, "learning_rate": 3e-3}
+    assert {c.name: c.value for c in started.coefficients} == {
+        "beta": 0.5,
+        "learning_rate": 3e-3,
+        "label_smoothing": 0.0,
+    }
     changes = [e for e in place.events() if e.kind == "coefficient_changed"]
     # The first was acted on by the first attempt; it is neither repeated nor lost.
     assert [(c.id, c.effective_step) for c in changes] == [(early.id, 1), (late.id, 3)]
