@@ -7,7 +7,7 @@ Each has a check of its own here, run only once a symptom shows; what they find 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,15 @@ class KLDoctor:
         if self.trainer.method.precision == "bf16":
             return TOLERANCE[torch.bfloat16]
         return TOLERANCE.get(next(self.trainer.module.policy.parameters()).dtype, 1e-3)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: a restart repeats no notice and forgets no symptom."""
+        kept = {name: getattr(self, name) for name in ("still", "last", "apart_by", "agreed")}
+        return kept | {"said": sorted(self.said)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, set(value) if name == "said" else value)
 
     def look(self, rollout: Rollout) -> None:
         """Before the rollout's first update."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,20 +23,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlhf_nb.errors import ComputeError, DataError, RewardError, SpecError
-from rlhf_nb.maths import kl
+from rlhf_nb.errors import DataError, RewardError, SpecError
 from rlhf_nb.maths.controllers import RunningMoments, adapted_kl_coef
 from rlhf_nb.maths.masked import masked_sum
-from rlhf_nb.maths.reweighting import gap_variance
-from rlhf_nb.protocol.events import CoefficientChanged, ControlRefused, Resumed
-from rlhf_nb.training import actor_critic, checkpoints, data, distributed, models
+from rlhf_nb.protocol.events import CoefficientChanged, ControlRefused
+from rlhf_nb.training import actor_critic, data, distributed, models, not_finite
 from rlhf_nb.training.control import BoundCoefficient
 from rlhf_nb.training.gradient_noise import GradientNoise
 from rlhf_nb.training.judge import Judge
 from rlhf_nb.training.kl_doctor import KLDoctor
+from rlhf_nb.training.not_finite import NotFiniteError
 from rlhf_nb.training.online_checkpoint import load_checkpoint, save_checkpoint
+from rlhf_nb.training.online_report import Report
 from rlhf_nb.training.online_samples import SampleTable
-from rlhf_nb.training.online_types import Credit, Minibatch, Outputs, Rollout
+from rlhf_nb.training.online_types import Credit, Minibatch, Outputs, Read, Rollout
 from rlhf_nb.training.pretraining import Pretraining
 from rlhf_nb.training.preview import answer as answer_preview
 from rlhf_nb.training.prompt_order import PromptOrder
@@ -51,17 +51,6 @@ if TYPE_CHECKING:
 
 ADAM_EPS = 1e-5
 """Huang et al. 2024, arXiv:2403.17031, detail 16: torch's 1e-8 lets the first steps of PPO jump."""
-
-
-UPDATE_KL_ROWS = 4
-
-
-class NotFiniteError(ComputeError):
-    """A step was not taken, because it would have written what is not finite into the weights."""
-
-    def __init__(self, what: str, message: str) -> None:
-        super().__init__(message)
-        self.what = what
 
 
 class OnlineTrainer:
@@ -103,10 +92,12 @@ class OnlineTrainer:
         self.rollouts = 0
         """Rollouts used up."""
         self._between_rollouts = True
-        self._checkpointed = 0
+        self.checkpointed = 0
+        """Step of the last checkpoint."""
         self.samples = SampleTable(self)
         self.reference_said = ReferenceSaid(self)
         self.doctor = KLDoctor(self)
+        self.report = Report(self)
         self.noise = GradientNoise(trained)
 
     def make_sampler(self, trunk: Any, head: Any) -> TransformersSampler:
@@ -161,15 +152,15 @@ class OnlineTrainer:
         loop.on_change = self._hold_controller
         if self.context.resume_from is not None:
             self.step, self.rollouts = load_checkpoint(self.context.resume_from, self)
-            self._checkpointed = self.step
+            self.checkpointed = self.step
         while self._goes_on(new_rollout=True):
             rollout, seconds = self.collect()
             if self._good_enough(rollout):
                 break
             credit = self.method.credit(rollout, self.live)
-            self._say_rollout(rollout, credit, seconds)
+            self.report.rollout(rollout, credit, seconds)
             self.doctor.look(rollout)
-            self._between_rollouts, updating_s = False, 0.0
+            self._between_rollouts, held, updating_s = False, False, 0.0
             for index, (minibatch, tokens) in enumerate(self.minibatches(rollout, credit)):
                 if index and not self._goes_on(new_rollout=False):
                     break
@@ -178,17 +169,18 @@ class OnlineTrainer:
                 try:
                     metrics = self.update(minibatch, tokens, rollout.temperature, as_sampled=index == 0)
                 except NotFiniteError as error:
-                    self._hold(error, minibatch, rollout.temperature)
+                    not_finite.hold(self, error, minibatch, rollout.temperature)
+                    held = True
                     break
                 if not index:
                     self.doctor.compared(metrics["rollout/logprob_mismatch"])
                 updating_s += metrics["time/step_s"]
                 if self._far_enough(metrics):
                     break
-            if self._held:
-                self._held, self._between_rollouts = False, True
+            if held:
+                self._between_rollouts = True
                 continue
-            self._say_update(rollout, updating_s)
+            self.report.update(rollout, updating_s)
             self._control_kl(rollout)
             if self.method.reference == "ema":
                 self.reference.follow(self.module.policy, self.method.reference_decay)
@@ -204,51 +196,6 @@ class OnlineTrainer:
         self.context.control.boundary(self.step + 1, rollout=new_rollout)
         self._serve()
         return not self.context.control.stopping
-
-    _held = False
-
-    def _hold(self, error: NotFiniteError, batch: Minibatch, temperature: float) -> None:
-        """Go back to the last good checkpoint and pause there, so that a person can lower what was too much.
-
-        Good is a state from which the models still say something finite about the completions at hand: weights may be
-        finite and far beyond use.
-        """
-        if self.method.on_not_finite == "fail":
-            raise error
-        failed_at, asked, saved = self.step, dict(vars(self.live)), checkpoints.newest_first(self.context.run_dir)
-        for path in saved:
-            self.step, self.rollouts = load_checkpoint(path, self)
-            if self._speaks(batch, temperature):
-                break
-        else:
-            if saved or not self._speaks(batch, temperature):
-                raise error
-        # What a person asked for since then still holds.
-        vars(self.live).update(asked)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._held, self.context.control.paused = True, True
-        if saved:
-            self._checkpointed = self.step
-            self.emit.event(Resumed(step=self.step, attempt=self.context.attempt, from_step=self.step))
-            back = f"the run is back at its checkpoint of step {self.step}"
-        else:
-            self.rollouts += 1
-            back = f"no checkpoint was taken yet, so the weights stay as after step {failed_at}"
-        self.emit.notice(
-            "not_finite",
-            f"{error.what}; {back} and paused. Lower learning_rate (now {self.live.learning_rate:g}) and resume, or "
-            f"stop",
-            "warning",
-        )
-
-    @torch.no_grad()
-    def _speaks(self, batch: Minibatch, temperature: float) -> bool:
-        """Whether the models give finite numbers for a minibatch; the same answer on every rank."""
-        logprobs, _, values = self.module(
-            batch.tokens_BL, batch.attention_mask_BL, batch.mask_BT, temperature=temperature, with_entropy=False
-        )
-        sound = all(each[batch.mask_BT].isfinite().all() for each in (logprobs, values))
-        return all(distributed.gather_objects(bool(sound)))
 
     def _far_enough(self, metrics: dict[str, float]) -> bool:
         target = self.method.target_kl
@@ -325,12 +272,12 @@ class OnlineTrainer:
 
     def _checkpoint_when_due(self) -> None:
         every = self.method.checkpoint_every
-        if every and self.step // every > self._checkpointed // every:
+        if every and self.step // every > self.checkpointed // every:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
         save_checkpoint(self)
-        self._checkpointed = self.step
+        self.checkpointed = self.step
 
     # --- a rollout --------------------------------------------------------------------------------------------------
 
@@ -381,8 +328,7 @@ class OnlineTrainer:
             },
             temperature,
         )
-        self._notice_cut(rollout)
-        self._notice_constant(rollout)
+        self.report.odd(rollout)
         if self.method.score_normalisation == "running":
             self.moments.add(rollout.score_B)
             rollout = replace(rollout, score_shift=self.moments.mean, score_spread=self.moments.spread)
@@ -442,103 +388,12 @@ class OnlineTrainer:
             temperature=temperature,
         )
 
-    _said_cut = False
-
-    def _notice_cut(self, rollout: Rollout) -> None:
-        if not self._said_cut and not rollout.ended_B.any():
-            self._said_cut = True
-            self.emit.notice(
-                "all_truncated",
-                f"every completion of rollout {self.rollouts} was cut at max_new_tokens={self.method.max_new_tokens}; "
-                f"raise it, or give missing_eos_penalty",
-                "warning",
-            )
-
-    _said_constant = False
-
-    def _notice_constant(self, rollout: Rollout) -> None:
-        """One score for everything leads nowhere, and what moves the policy then is noise."""
-        if not self._said_constant and len(rollout.score_B) > 1 and (rollout.score_B == rollout.score_B[0]).all():
-            self._said_constant = True
-            self.emit.notice(
-                "reward_constant",
-                f"every completion of rollout {self.rollouts} got the score {rollout.score_B[0].item():g}: there is "
-                f"nothing to learn from it; try the reward on a few completions",
-                "warning",
-            )
-
-    def _say_rollout(self, rollout: Rollout, credit: Credit, seconds: dict[str, float]) -> None:
-        mask_BT = rollout.mask_BT
-        kl_B = masked_sum(rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT, mask_BT, 1)
-        values = {
-            "reward/mean": credit.total_B.mean().item(),
-            "reward/score": rollout.score_B.mean().item(),
-            "reward/std": rollout.score_B.std().item() if len(rollout.score_B) > 1 else 0.0,
-            "completion/length_mean": mask_BT.sum(1).float().mean().item(),
-            "completion/truncated_fraction": (~rollout.ended_B).float().mean().item(),
-            **seconds,
-        }
-        if self.method.has_reference:
-            values |= {"kl/policy_reference": kl_B.mean().item(), "objective/kl_coef": self.live.kl_coef}
-            if self.method.samples_per_prompt > 1 and self.live.kl_coef > 0 and self.method.preview_refusal() is None:
-                groups = (-1, self.method.samples_per_prompt)
-                score_PG = self.method.penalised(rollout, self.live).view(groups)
-                variance = gap_variance(score_PG, kl_B.view(groups), self.live.kl_coef)
-                values["convergence/gap"] = variance / (2 * self.live.kl_coef)
-        if self.method.value_model != "none":
-            values["value/explained_variance"] = _explained(rollout.values_BT[mask_BT], credit.returns_BT[mask_BT])
-        if self.method.temperature_end is not None:
-            values["objective/temperature"] = rollout.temperature
-        if rollout.parts_BM is not None and rollout.parts_BM.shape[1] > 1:
-            means = rollout.parts_BM.mean(0).tolist()
-            values |= {f"reward_part/{name}": mean for name, mean in zip(self.judge.names, means, strict=True)}
-            values["reward/disagreement"] = rollout.parts_BM.std(1, correction=0).mean().item()
-        if rollout.gold_B is not None:
-            values["reward/gold"] = rollout.gold_B.mean().item()
-        self.emit.metric(self.step + 1, values, rollout=self.rollouts)
-
-    def _say_update(self, rollout: Rollout, seconds: float) -> None:
-        """What the rollout's steps did together."""
-        values = {"time/update_s": seconds, "policy/update_kl": self._update_kl(rollout)}
-        if (ratio := self.noise.take()) is not None:
-            values["optimizer/gradient_snr"] = ratio
-        self.emit.metric(self.step, values, rollout=self.rollouts)
-
-    @torch.no_grad()
-    def _update_kl(self, rollout: Rollout) -> float:
-        """Nats a completion, KL(π_behavior ‖ π) by k3 on the first completions of the rollout."""
-        rows = torch.arange(min(UPDATE_KL_ROWS, len(rollout.score_B)), device=self.device)
-        rows = rows[self.context.rank :: self.context.world_size]
-        total = torch.zeros(2, device=self.device, dtype=torch.float64)
-        if len(rows):
-            mask_BT = rollout.mask_BT[rows]
-            now_BT, _, _ = self.module(
-                rollout.tokens_BL[rows],
-                rollout.attention_mask_BL[rows],
-                mask_BT,
-                temperature=rollout.temperature,
-                with_values=False,
-                with_entropy=False,
-            )
-            k3_BT = kl.estimate(rollout.behavior_logprobs_BT[rows], now_BT, "k3")
-            total[0], total[1] = masked_sum(k3_BT, mask_BT).double(), len(rows)
-        total = self.accelerator.reduce(total, reduction="sum")
-        return (total[0] / total[1]).item()
-
     # --- the update -------------------------------------------------------------------------------------------------
 
     def minibatches(self, rollout: Rollout, credit: Credit) -> Iterator[tuple[Minibatch, int]]:
         """This rank's rows of each minibatch, and how many tokens the whole minibatch has over all ranks."""
-        whole = Minibatch(
-            rollout.tokens_BL,
-            rollout.attention_mask_BL,
-            rollout.mask_BT,
-            rollout.behavior_logprobs_BT,
-            rollout.reference_logprobs_BT,
-            rollout.values_BT,
-            credit.advantages_BT,
-            credit.returns_BT,
-        )
+        read = {field.name: getattr(rollout, field.name) for field in fields(Read)}
+        whole = Minibatch(**read, advantages_BT=credit.advantages_BT, returns_BT=credit.returns_BT)
         B, size = len(rollout.score_B), self.method.batch_size
         for epoch in range(self.method.num_ppo_epochs):
             order = np.random.default_rng([self.method.seed, self.rollouts, epoch, 1]).permutation(B)
@@ -583,7 +438,7 @@ class OnlineTrainer:
         self.noise.add()
         metrics["optimizer/grad_norm"] = self._clip()
         metrics["optimizer/learning_rate"] = rate
-        self._check(metrics, batch, temperature)
+        not_finite.check(self, metrics, batch, temperature)
         self.optimizer.step()
         self.step += 1
         metrics["time/step_s"] = time.perf_counter() - began
@@ -643,38 +498,6 @@ class OnlineTrainer:
             norms.append(torch.nn.utils.clip_grad_norm_(group, limit))
         return torch.stack(norms).norm().item()
 
-    def _check(self, metrics: dict[str, float], batch: Minibatch, temperature: float) -> None:
-        """Stop before a step that would write what is not finite into the weights, and say where it began."""
-        wrong = [name for name in ("loss", "optimizer/grad_norm") if not np.isfinite(metrics[name])]
-        if not wrong:
-            return
-        what = f"{wrong[0]}={metrics[wrong[0]]} at step {self.step + 1}: first not finite is "
-        what += self._culprit(batch, temperature)
-        raise NotFiniteError(
-            what,
-            f"{what}; the weights are as after step {self.step}. Start again with a lower learning_rate (now "
-            f"{self.live.learning_rate:g})",
-        )
-
-    @torch.no_grad()
-    def _culprit(self, batch: Minibatch, temperature: float) -> str:
-        for name, parameter in self.module.named_parameters():
-            if not parameter.isfinite().all():
-                return f"the weight {name}"
-        for name in ("behavior_logprobs_BT", "values_BT", "returns_BT", "advantages_BT"):
-            if not getattr(batch, name)[batch.mask_BT].isfinite().all():
-                return name.removesuffix("_BT").replace("_", " ")
-        logprobs, _, values = self.module(
-            batch.tokens_BL, batch.attention_mask_BL, batch.mask_BT, temperature=temperature
-        )
-        for what, tensor in (("the policy's log-probabilities", logprobs), ("the values", values)):
-            if not tensor[batch.mask_BT].isfinite().all():
-                return what
-        for name, parameter in self.module.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return f"the gradient of {name}"
-        return "the loss itself"
-
     # --- the model --------------------------------------------------------------------------------------------------
 
     def save_model(self, directory: str) -> None:
@@ -687,9 +510,3 @@ class OnlineTrainer:
             policy = policy.merge_and_unload()
         policy.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-
-
-def _explained(values_N: Tensor, returns_N: Tensor) -> float:
-    """1 − Var(R − V) / Var(R); 0 where all returns are equal."""
-    spread = returns_N.var(correction=0)
-    return (1 - (returns_N - values_N).var(correction=0) / spread).item() if spread > 0 else 0.0

@@ -44,9 +44,11 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
             torch.save(trainer.optimizer.state_dict(), scratch / "optimizer.pt")
             if trainer.method.reference == "ema":
                 save_file({n: p.detach().cpu() for n, p in trainer.reference.state().items()}, scratch / REFERENCE)
-            counters: dict[str, Any] = {"step": step, "rollouts": trainer.rollouts, "said_cut": trainer._said_cut}
-            counters["said_constant"] = trainer._said_constant
-            counters |= {
+            counters: dict[str, Any] = {
+                "step": step,
+                "rollouts": trainer.rollouts,
+                "said": sorted(trainer.report.said),
+                "doctor": trainer.doctor.state(),
                 "live": vars(trainer.live),
                 "moments": trainer.moments.state(),
                 "rewards": trainer.judge.state(),
@@ -78,8 +80,8 @@ def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
     if generators.exists():
         _restore(torch.load(generators, weights_only=True))
     counters = json.loads((path / "counters.json").read_text(encoding="utf-8"))
-    trainer._said_cut = counters["said_cut"]
-    trainer._said_constant = counters.get("said_constant", False)
+    trainer.report.said = set(counters.get("said", []))
+    trainer.doctor.load_state(counters.get("doctor", {}))
     # The controller moves kl_coef without an event: what the events tell of it is older.
     vars(trainer.live).update(counters.get("live", {}))
     trainer.moments.load(counters.get("moments"))

@@ -18,8 +18,8 @@ class Live(Protocol):
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Completions of all ranks, in the order of their global rows. Tensors lie on this rank's device."""
+class Read:
+    """Completions, and what the models said of their tokens when they were sampled."""
 
     tokens_BL: Tensor  # noqa: N815
     """(B, P + T) prompts padded on the left, completions on the right."""
@@ -29,6 +29,12 @@ class Rollout:
     behavior_logprobs_BT: Tensor  # noqa: N815
     reference_logprobs_BT: Tensor  # noqa: N815
     values_BT: Tensor  # noqa: N815
+
+
+@dataclass(frozen=True)
+class Rollout(Read):
+    """Completions of all ranks, in the order of their global rows. Tensors lie on this rank's device."""
+
     score_B: Tensor  # noqa: N815
     """(B,) as the reward gave it."""
     gold_B: Tensor | None  # noqa: N815
@@ -53,15 +59,9 @@ class Credit:
 
 
 @dataclass(frozen=True)
-class Minibatch:
+class Minibatch(Read):
     """This rank's rows of one optimizer step."""
 
-    tokens_BL: Tensor  # noqa: N815
-    attention_mask_BL: Tensor  # noqa: N815
-    mask_BT: Tensor  # noqa: N815
-    behavior_logprobs_BT: Tensor  # noqa: N815
-    reference_logprobs_BT: Tensor  # noqa: N815
-    values_BT: Tensor  # noqa: N815
     advantages_BT: Tensor  # noqa: N815
     returns_BT: Tensor  # noqa: N815
 

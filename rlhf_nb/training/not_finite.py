@@ -1,0 +1,109 @@
+"""A loss or gradient that is not finite: caught before the weights take it, traced, and gone back from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from rlhf_nb.errors import ComputeError
+from rlhf_nb.protocol.events import Resumed
+from rlhf_nb.training import checkpoints, distributed
+from rlhf_nb.training.online_checkpoint import load_checkpoint
+
+if TYPE_CHECKING:
+    from rlhf_nb.training.online import OnlineTrainer
+    from rlhf_nb.training.online_types import Minibatch
+
+
+class NotFiniteError(ComputeError):
+    """A step was not taken, because it would have written what is not finite into the weights."""
+
+    def __init__(self, what: str, message: str) -> None:
+        super().__init__(message)
+        self.what = what
+
+
+def check(trainer: OnlineTrainer, metrics: dict[str, float], batch: Minibatch, temperature: float) -> None:
+    """Stop before a step that would write what is not finite into the weights, and say where it began.
+
+    Raises:
+        NotFiniteError: The loss or the gradient's norm is NaN or infinite.
+    """
+    wrong = [name for name in ("loss", "optimizer/grad_norm") if not np.isfinite(metrics[name])]
+    if not wrong:
+        return
+    what = f"{wrong[0]}={metrics[wrong[0]]} at step {trainer.step + 1}: first not finite is "
+    what += _culprit(trainer, batch, temperature)
+    raise NotFiniteError(
+        what,
+        f"{what}; the weights are as after step {trainer.step}. Start again with a lower learning_rate (now "
+        f"{trainer.live.learning_rate:g})",
+    )
+
+
+def hold(trainer: OnlineTrainer, error: NotFiniteError, batch: Minibatch, temperature: float) -> None:
+    """Go back to the last good checkpoint and pause there, so that a person can lower what was too much.
+
+    Good is a state from which the models still say something finite about the completions at hand: weights may be
+    finite and far beyond use.
+    """
+    context = trainer.context
+    if trainer.method.on_not_finite == "fail":
+        raise error
+    failed_at, asked, saved = trainer.step, dict(vars(trainer.live)), checkpoints.newest_first(context.run_dir)
+    for path in saved:
+        trainer.step, trainer.rollouts = load_checkpoint(path, trainer)
+        if _speaks(trainer, batch, temperature):
+            break
+    else:
+        if saved or not _speaks(trainer, batch, temperature):
+            raise error
+    # What a person asked for since then still holds.
+    vars(trainer.live).update(asked)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    context.control.paused = True
+    if saved:
+        trainer.checkpointed = trainer.step
+        trainer.emit.event(Resumed(step=trainer.step, attempt=context.attempt, from_step=trainer.step))
+        back = f"the run is back at its checkpoint of step {trainer.step}"
+    else:
+        trainer.rollouts += 1
+        back = f"no checkpoint was taken yet, so the weights stay as after step {failed_at}"
+    trainer.emit.notice(
+        "not_finite",
+        f"{error.what}; {back} and paused. Lower learning_rate (now {trainer.live.learning_rate:g}) and resume, or "
+        f"stop",
+        "warning",
+    )
+
+
+@torch.no_grad()
+def _speaks(trainer: OnlineTrainer, batch: Minibatch, temperature: float) -> bool:
+    """Whether the models give finite numbers for a minibatch; the same answer on every rank."""
+    logprobs, _, values = trainer.module(
+        batch.tokens_BL, batch.attention_mask_BL, batch.mask_BT, temperature=temperature, with_entropy=False
+    )
+    sound = all(each[batch.mask_BT].isfinite().all() for each in (logprobs, values))
+    return all(distributed.gather_objects(bool(sound)))
+
+
+@torch.no_grad()
+def _culprit(trainer: OnlineTrainer, batch: Minibatch, temperature: float) -> str:
+    for name, parameter in trainer.module.named_parameters():
+        if not parameter.isfinite().all():
+            return f"the weight {name}"
+    for name in ("behavior_logprobs_BT", "values_BT", "returns_BT", "advantages_BT"):
+        if not getattr(batch, name)[batch.mask_BT].isfinite().all():
+            return name.removesuffix("_BT").replace("_", " ")
+    logprobs, _, values = trainer.module(
+        batch.tokens_BL, batch.attention_mask_BL, batch.mask_BT, temperature=temperature
+    )
+    for what, tensor in (("the policy's log-probabilities", logprobs), ("the values", values)):
+        if not tensor[batch.mask_BT].isfinite().all():
+            return what
+    for name, parameter in trainer.module.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return f"the gradient of {name}"
+    return "the loss itself"
