@@ -12,42 +12,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.errors import ComputeError, DataError, RewardError, SpecError
 from rlhf_nb.methods.ppo import PPO
 from rlhf_nb.protocol.control import Pause, Resume, Sample, SaveCheckpoint, SetCoefficient, Stop
-from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.glossary import GLOSSARY
 from rlhf_nb.protocol.spec import FunctionReward, Launch, LoRA, NamedReward, RunSpec
 from rlhf_nb.training import checkpoints
 
-ROWS = [{"prompt": p} for p in ("Who?", "Where is it?", "When do they open?", "Is it far?", "Why?", "How?")]
+from .conftest import LETTERS, ROWS, fold, rollouts
+
 CONFIG = {
     "max_steps": 8, "rollout_batch_size": 4, "batch_size": 2, "num_ppo_epochs": 2, "max_new_tokens": 6,
     "max_length": 80, "sample_every": 0, "learning_rate": 3e-3, "kl_coef": 0.2,
 }  # fmt: skip
-# Of what a random model says, half the characters or so are letters: a reward that differs between completions.
-LETTERS = FunctionReward(
-    name="letters",
-    source="def letters(prompts, completions):\n"
-    "    return [sum(c.isascii() and c.isalpha() for c in text) / 4 for text in completions]",
-)
-
-
-@pytest.fixture
-def ppo(job, tiny_model_maker):
-    """Runs PPO on a random model; knobs by name."""
-    job.model = tiny_model_maker("still", dropout=0.0)
-
-    def start(name="run", *, rows=ROWS, reward=LETTERS, prepare=False, controls=(), adapter=None, gold=None, **knobs):
-        config = {**CONFIG, **knobs}
-        place = job.prepare("ppo", rows, name=name, config=config, reward=reward, adapter=adapter, gold=gold)
-        for control in controls:
-            append_line(place.control_path, control.model_dump())
-        return place if prepare else job.run(place)
-
-    start.job = job
-    return start
 
 
 def sends(path, *controls, call: int) -> FunctionReward:
@@ -63,16 +40,13 @@ def sends(path, *controls, call: int) -> FunctionReward:
     return FunctionReward(name="sends", source=source)
 
 
-def table(place) -> dict[int, dict[str, float]]:
-    fold = RunFold()
-    for event in place.events():
-        fold.add(event)
-    return {row["step"]: row for row in fold.table()}
-
-
-def rollouts(place) -> dict[int, dict[str, float]]:
+def by_step(place) -> dict[int, dict[str, float]]:
     """Metrics of each rollout, by its first step."""
-    return {step: row for step, row in table(place).items() if "reward/mean" in row}
+    return {row["step"]: row for row in rollouts(place)}
+
+
+def table(place) -> dict[int, dict[str, float]]:
+    return {row["step"]: row for row in fold(place).table()}
 
 
 def without_times(place) -> list[dict]:
@@ -98,7 +72,7 @@ def test_a_step_counts_optimizer_steps_and_a_rollout_has_epochs_times_minibatche
 @pytest.mark.parametrize("value_model", ["own", "policy_trunk"])
 def test_the_policy_starts_at_the_reference_and_its_reward_is_score_minus_beta_kl(ppo, adapter, value_model):
     place = ppo(adapter=adapter, value_model=value_model, max_steps=12, learning_rate=1e-2)
-    rows = rollouts(place)
+    rows = by_step(place)
     assert rows[1]["kl/policy_reference"] == pytest.approx(0, abs=1e-5)
     assert abs(rows[9]["kl/policy_reference"]) > 1e-3
     for row in rows.values():
@@ -115,7 +89,7 @@ def test_before_the_first_update_the_ratio_is_one_and_nothing_is_clipped(ppo):
 
 def test_the_reward_of_what_the_policy_says_rises(ppo):
     knobs = {"max_steps": 80, "rollout_batch_size": 32, "batch_size": 32, "num_ppo_epochs": 2, "kl_coef": 0.01}
-    rows = rollouts(ppo(**knobs, learning_rate=1e-2))
+    rows = by_step(ppo(**knobs, learning_rate=1e-2))
     scores = [row["reward/score"] for row in rows.values()]
     assert sum(scores[-5:]) / 5 > 1.5 * sum(scores[:5]) / 5
 
@@ -140,7 +114,7 @@ def test_micro_batches_change_nothing_but_memory(ppo, rows):
 def test_passes_over_a_rollout_end_once_the_policy_has_moved_far_enough(ppo):
     place = ppo(target_kl=1e-7, batch_size=4, num_ppo_epochs=4, max_steps=6)
     # Step 1 of a rollout still is the policy that sampled, step 2 is beyond the target.
-    assert list(rollouts(place)) == [1, 3, 5]
+    assert list(by_step(place)) == [1, 3, 5]
 
 
 def test_the_learning_rate_falls_to_zero_on_a_linear_schedule(ppo, trace):
@@ -149,14 +123,14 @@ def test_the_learning_rate_falls_to_zero_on_a_linear_schedule(ppo, trace):
 
 
 def test_a_length_penalty_and_a_missing_end_are_taken_off_the_score(ppo):
-    row = rollouts(ppo(length_penalty=0.1, missing_eos_penalty=2.0, max_steps=1))[1]
+    row = by_step(ppo(length_penalty=0.1, missing_eos_penalty=2.0, max_steps=1))[1]
     expected = row["reward/score"] - 0.1 * row["completion/length_mean"] - 2 * row["completion/truncated_fraction"]
     assert row["reward/mean"] == pytest.approx(expected, abs=1e-5)
     assert row["completion/truncated_fraction"] > 0
 
 
 def test_scores_are_clipped_before_penalties(ppo):
-    row = rollouts(ppo(score_clip=0.25, max_steps=1, rollout_batch_size=8))[1]
+    row = by_step(ppo(score_clip=0.25, max_steps=1, rollout_batch_size=8))[1]
     assert row["reward/score"] > row["reward/mean"] > -0.25
     assert row["reward/mean"] <= 0.25 + 1e-6
 
@@ -199,7 +173,7 @@ def test_a_reward_model_scores_what_the_policy_says(ppo):
 
     scorer = ppo.job("reward", pairs(4), name="rm", config={"max_steps": 1, "batch_size": 2, "max_length": 400})
     place = ppo(reward=ModelReward(model=PathModel(path=str(scorer.model))), gold=LETTERS, max_steps=2)
-    row = rollouts(place)[1]
+    row = by_step(place)[1]
     assert math.isfinite(row["reward/score"]) and row["reward/gold"] >= 0 and row["reward/gold"] != row["reward/score"]
 
 
@@ -232,7 +206,7 @@ def test_coefficients_of_the_update_act_at_the_next_step_and_those_of_the_rollou
         expected = row["loss/policy"] + vf * row["loss/value"] - entropy * row["policy/entropy"]
         assert row["loss"] == pytest.approx(expected, abs=1e-6)
         assert row["optimizer/learning_rate"] == (1e-5 if new else 3e-3)
-    for step, row in rollouts(place).items():
+    for step, row in by_step(place).items():
         beta, price = (1.5, 0.03) if step >= 5 else (0.2, 0.0)
         expected = row["reward/score"] - beta * row["kl/policy_reference"] - price * row["completion/length_mean"]
         assert row["reward/mean"] == pytest.approx(expected, abs=1e-5)
@@ -244,7 +218,7 @@ def test_without_a_tether_the_reference_is_there_and_the_tether_can_be_raised(pp
     asked = SetCoefficient(name="kl_coef", value=2.0)
     place = ppo(reward=sends(ppo.job.root / "run/control.jsonl", asked, call=2), kl_coef=0.0, max_steps=12)
     assert changes(place)["kl_coef"] == (9, 0.0, 2.0)
-    row = rollouts(place)[9]
+    row = by_step(place)[9]
     assert row["reward/mean"] == pytest.approx(row["reward/score"] - 2 * row["kl/policy_reference"], abs=1e-6)
 
 
@@ -414,7 +388,7 @@ def test_a_reward_that_cannot_judge_a_bare_prompt_leaves_its_samples_without_sco
     place = ppo(rows=rows, reward=FunctionReward(name="keyed", source=source), controls=[Sample(prompts=["Who?"])])
     (event,) = [e for e in place.events() if e.kind == "samples"]
     assert event.items[0].score is None and event.items[0].completion
-    assert rollouts(place)[1]["reward/score"] > 0
+    assert by_step(place)[1]["reward/score"] > 0
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_and_says_where_it_began(ppo):
@@ -476,5 +450,5 @@ def test_two_ranks_are_one_run(ppo):
 
 def test_the_true_reward_of_the_toy_world_is_a_reward_here(ppo):
     place = ppo(reward=NamedReward(name="toy-true"), gold=NamedReward(name="toy-true"), max_steps=2)
-    row = rollouts(place)[1]
+    row = by_step(place)[1]
     assert row["reward/score"] == row["reward/gold"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,48 +14,17 @@ from torch import nn
 from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.errors import ComputeError
 from rlhf_nb.protocol.control import Preview, Resume, SetCoefficient, Stop
-from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.glossary import GLOSSARY
-from rlhf_nb.protocol.spec import FunctionReward
 from rlhf_nb.training import actor_critic, kl_doctor, online
 from rlhf_nb.training.gradient_noise import GradientNoise
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 
-ROWS = [{"prompt": p} for p in ("Who?", "Where is it?", "When do they open?", "Is it far?", "Why?", "How?")]
+from .conftest import fold, rollouts
+
 CONFIG = {
     "max_steps": 8, "rollout_batch_size": 8, "batch_size": 4, "num_ppo_epochs": 1, "max_new_tokens": 6,
     "max_length": 80, "sample_every": 0, "learning_rate": 3e-3, "kl_coef": 0.2,
 }  # fmt: skip
-LETTERS = FunctionReward(
-    name="letters",
-    source="def letters(prompts, completions):\n"
-    "    return [sum(c.isascii() and c.isalpha() for c in text) / 4 for text in completions]",
-)
-
-
-@pytest.fixture
-def ppo(job, tiny_model_maker) -> Callable[..., Any]:
-    job.model = tiny_model_maker("still", dropout=0.0)
-
-    def start(name: str = "run", *, controls=(), prepare=False, **knobs: Any) -> Any:
-        place = job.prepare("ppo", ROWS, name=name, config={**CONFIG, **knobs}, reward=LETTERS)
-        for control in controls:
-            append_line(place.control_path, control.model_dump(mode="json"))
-        return place if prepare else job.run(place)
-
-    start.job = job
-    return start
-
-
-def fold(place) -> RunFold:
-    folded = RunFold()
-    for event in place.events():
-        folded.add(event)
-    return folded
-
-
-def rollouts(place) -> list[dict[str, float]]:
-    return [row for row in fold(place).table() if "reward/mean" in row]
 
 
 def notices(place) -> dict[str, str]:

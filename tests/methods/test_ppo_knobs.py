@@ -7,63 +7,28 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.errors import SpecError
 from rlhf_nb.maths.controllers import adapted_kl_coef
 from rlhf_nb.methods.ppo import PPO
 from rlhf_nb.protocol.control import SetCoefficient
-from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.glossary import GLOSSARY
 from rlhf_nb.protocol.spec import FunctionReward, LoRA, RunSpec
 from rlhf_nb.training import checkpoints
 
-ROWS = [{"prompt": p} for p in ("Who?", "Where is it?", "When do they open?", "Is it far?", "Why?", "How?")]
+from .conftest import LETTERS, ROWS, fold, rollouts
+
 CONFIG = {
     "max_steps": 16, "rollout_batch_size": 4, "batch_size": 2, "num_ppo_epochs": 2, "max_new_tokens": 6,
     "max_length": 80, "sample_every": 0, "learning_rate": 1e-2, "kl_coef": 0.2,
 }  # fmt: skip
-LETTERS = FunctionReward(
-    name="letters",
-    source="def letters(prompts, completions):\n"
-    "    return [sum(c.isascii() and c.isalpha() for c in text) / 4 for text in completions]",
-)
-
-
-@pytest.fixture
-def ppo(job, tiny_model_maker) -> Callable[..., Any]:
-    job.model = tiny_model_maker("still", dropout=0.0)
-
-    def start(name: str = "run", *, reward=LETTERS, controls=(), adapter=None, prepare=False, **knobs):
-        place = job.prepare("ppo", ROWS, name=name, config={**CONFIG, **knobs}, reward=reward, adapter=adapter)
-        for control in controls:
-            append_line(place.control_path, control.model_dump())
-        return place if prepare else job.run(place)
-
-    start.job = job
-    return start
-
-
-def fold(place) -> RunFold:
-    folded = RunFold()
-    for event in place.events():
-        folded.add(event)
-    return folded
-
-
-def rollouts(place) -> list[dict[str, float]]:
-    return [row for row in fold(place).table() if "reward/mean" in row]
-
-
 # --- the controller ---------------------------------------------------------------------------------------------------
 
 

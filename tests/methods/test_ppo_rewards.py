@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
-from rlhf_nb.compute.rundir import EventWriter, append_line
 from rlhf_nb.data.rows import content_hash, encode_rows
 from rlhf_nb.errors import RewardError, SpecError
 from rlhf_nb.maths.rewards import combine
 from rlhf_nb.methods.ppo import PPO
 from rlhf_nb.protocol.control import Preview, SetCoefficient, SetReward
-from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import (
     BlobData,
     CombinedReward,
@@ -32,67 +28,19 @@ from rlhf_nb.protocol.spec import (
 from rlhf_nb.training import checkpoints
 from rlhf_nb.training.prompt_order import PromptOrder
 
-ROWS = [{"prompt": p} for p in ("Who?", "Where is it?", "When do they open?", "Is it far?", "Why?", "How?")]
+from .conftest import LETTERS, ROWS, fold, function, rollouts
+
 CONFIG = {
     "max_steps": 8, "rollout_batch_size": 4, "batch_size": 2, "num_ppo_epochs": 1, "max_new_tokens": 6,
     "max_length": 80, "sample_every": 0, "learning_rate": 1e-2, "kl_coef": 0.2,
 }  # fmt: skip
 
 
-def function(name: str, value: str) -> FunctionReward:
-    source = f"def {name}(prompts, completions):\n    return [{value} for text in completions]"
-    return FunctionReward(name=name, source=source)
-
-
-LETTERS = function("letters", "sum(c.isascii() and c.isalpha() for c in text) / 4")
 VOWELS = function("vowels", "10 + sum(c in 'aeiou' for c in text)")
 COUNT_RARE = FunctionReward(
     name="rare", source="def rare(prompts, completions):\n    return [float(p == 'Rare?') for p in prompts]"
 )
 BOTH = CombinedReward(parts=(RewardPart(reward=LETTERS), RewardPart(reward=VOWELS, weight=-0.5)))
-
-
-@pytest.fixture
-def ppo(job, tiny_model_maker, monkeypatch) -> Callable[..., Any]:
-    job.model = tiny_model_maker("still", dropout=0.0)
-
-    def start(
-        name: str = "run", *, reward: Any = LETTERS, pretraining=None, controls=(), after_step_1=None, **knobs: Any
-    ) -> Any:
-        config = {**CONFIG, **knobs}
-        place = job.prepare("ppo", ROWS, name=name, config=config, reward=reward, pretraining=pretraining)
-        for control in controls:
-            append_line(place.control_path, control.model_dump(mode="json"))
-        with monkeypatch.context() as patch:
-            if after_step_1 is not None:
-                patch.setattr(EventWriter, "write", asking(place, after_step_1))
-            return job.run(place)
-
-    start.job = job
-    return start
-
-
-def asking(place: Any, control: Any) -> Any:
-    """A writer of events during which a person asks for something, once step 1 is logged."""
-    write = EventWriter.write
-
-    def written(self: EventWriter, event: Any) -> Any:
-        if event.kind == "metric" and event.step == 1 and "loss" in event.values:
-            append_line(place.control_path, control.model_dump(mode="json"))
-        return write(self, event)
-
-    return written
-
-
-def fold(place) -> RunFold:
-    folded = RunFold()
-    for event in place.events():
-        folded.add(event)
-    return folded
-
-
-def rollouts(place) -> list[dict[str, float]]:
-    return [row for row in fold(place).table() if "reward/mean" in row]
 
 
 # --- several rewards --------------------------------------------------------------------------------------------------

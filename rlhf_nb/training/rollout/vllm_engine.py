@@ -1,0 +1,262 @@
+"""Two ways to a vLLM: inside this process, and a server on this machine. Both take tokens and give tokens."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from rlhf_nb.errors import ComputeError, SpecError
+
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for `max_lora_rank`."""
+AT_ONCE = 64
+"""Requests that are under way with a server."""
+ANSWER_S = 600.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One completion."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    """Nats, at the temperature that sampled."""
+
+
+class Engine(Protocol):
+    def sample(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, temperature: float, limit: int
+    ) -> list[Drawn]:
+        """One completion of each prompt, `limit` tokens at most, each drawn with its own seed."""
+        ...
+
+    def load_adapter(self, directory: Path, version: int) -> None:
+        """Sample from now on with the LoRA adapter saved there."""
+        ...
+
+    def load_weights(self, directory: Path) -> None:
+        """Sample from now on with the whole model saved there."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def sampling(temperature: float, limit: int, ends: Collection[int]) -> dict[str, Any]:
+    """Every token may be drawn, none is favoured; ends are ours, whatever the model's generation config says."""
+    return {
+        "temperature": temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "max_tokens": limit,
+        "logprobs": 0,
+        "ignore_eos": True,
+        "stop_token_ids": sorted(ends),
+    }
+
+
+class InProcess:
+    """An engine beside the trainer, on the same accelerator."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        ends: Collection[int],
+        dtype: str,
+        max_length: int,
+        memory: float,
+        adapter_rank: int | None,
+    ) -> None:
+        """
+        Args:
+            model: Directory of the policy's start; of its base under LoRA.
+            memory: Share of the accelerator's memory for its weights and cache.
+            adapter_rank: Of the adapter that will be loaded; None for whole models.
+        """
+        # Set before the import, which reads them. Its engine stays in this process: weights go in by path.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        # It would bind this whole process, the trainer with it, to cores of its own choice.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise SpecError(
+                f'rollout_backend=vllm: vllm cannot be imported here ({error}); install "rlhf-nb[vllm]" beside the '
+                f"accelerator, or use rollout_backend=transformers"
+            ) from None
+        self.ends = ends
+        self.adapter: Any = None
+        lora = {} if adapter_rank is None else {"enable_lora": True, "max_lora_rank": rank_for(adapter_rank)}
+        self.llm = LLM(
+            model=model,
+            dtype=dtype,
+            max_model_len=max_length,
+            gpu_memory_utilization=memory,
+            # Raw log-probabilities would be those at temperature 1, whatever the temperature.
+            logprobs_mode="processed_logprobs",
+            seed=0,
+            trust_remote_code=False,
+            **lora,
+        )
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, temperature: float, limit: int
+    ) -> list[Drawn]:
+        from vllm import SamplingParams
+
+        fixed = sampling(temperature, limit, self.ends)
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        settings = [SamplingParams(**fixed, seed=seed, detokenize=False) for seed in seeds]
+        answers = self.llm.generate(asked, settings, lora_request=self.adapter, use_tqdm=False)
+        drawn = []
+        for answer in answers:
+            said = answer.outputs[0]
+            tokens = list(said.token_ids)
+            logprobs = [at[token].logprob for at, token in zip(said.logprobs, tokens, strict=True)]
+            drawn.append(Drawn(tokens, logprobs))
+        return drawn
+
+    def load_adapter(self, directory: Path, version: int) -> None:
+        from vllm.lora.request import LoRARequest
+
+        # Another number is another adapter: neither its weights nor its cached prefixes are those of before.
+        self.adapter = LoRARequest(f"policy-{version}", version + 1, str(directory))
+
+    def load_weights(self, directory: Path) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
+        self.llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        del self.llm
+
+
+class Server:
+    """A vLLM server on this machine. It reads weights from the run's directory, so it shares our disk."""
+
+    def __init__(self, url: str, *, ends: Collection[int], adapter: str | None) -> None:
+        """
+        Args:
+            url: Of the server's root, on loopback: what changes its weights has no authentication.
+            adapter: Name under which the policy's adapter is loaded; None for whole models.
+        """
+        import httpx
+
+        self.url, self.ends = loopback(url), ends
+        # No proxy from the environment: the address is this machine's.
+        limits = httpx.Limits(max_connections=AT_ONCE)
+        self.http = httpx.Client(base_url=self.url, timeout=ANSWER_S, limits=limits, trust_env=False)
+        self.base = str(self._get("/v1/models")["data"][0]["id"])
+        self.adapter = adapter
+        self.model = self.base
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, temperature: float, limit: int
+    ) -> list[Drawn]:
+        fixed = {"model": self.model, "return_token_ids": True, **sampling(temperature, limit, self.ends)}
+
+        # One prompt a request: the prompts of one request would share its seed.
+        def ask(prompt: Sequence[int], seed: int) -> Drawn:
+            answer = self._post("/v1/completions", {**fixed, "prompt": list(prompt), "seed": seed})["choices"][0]
+            return Drawn(answer["token_ids"], answer["logprobs"]["token_logprobs"])
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(ask, prompts, seeds))
+
+    def load_adapter(self, directory: Path, version: int) -> None:
+        assert self.adapter is not None, "the server was opened for whole models"
+        asked = {"lora_name": self.adapter, "lora_path": str(directory), "load_inplace": True}
+        self._post("/v1/load_lora_adapter", asked, needs="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora")
+        # The name is the same, and so would be the cached prefixes.
+        self._reset()
+        self.model = self.adapter
+
+    def load_weights(self, directory: Path) -> None:
+        asked = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
+        self._post("/collective_rpc", asked, needs="VLLM_SERVER_DEV_MODE=1")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._post("/reset_prefix_cache", {}, needs="VLLM_SERVER_DEV_MODE=1")
+
+    def close(self) -> None:
+        try:
+            if self.model != self.base:
+                self._post("/v1/unload_lora_adapter", {"lora_name": self.model})
+        except ComputeError:
+            pass  # it has ended before us
+        self.http.close()
+
+    def _get(self, path: str) -> Any:
+        return self._asked("GET", path, None, None)
+
+    def _post(self, path: str, body: dict[str, Any], needs: str | None = None) -> Any:
+        return self._asked("POST", path, body, needs)
+
+    def _asked(self, verb: str, path: str, body: dict[str, Any] | None, needs: str | None) -> Any:
+        import httpx
+
+        try:
+            answer = self.http.request(verb, path, json=body)
+        except httpx.HTTPError as error:
+            raise ComputeError(
+                f"vllm_url={self.url}: no answer to {path} ({type(error).__name__}: {error}); start the server, or use "
+                f"rollout_backend=transformers"
+            ) from None
+        if answer.status_code == 404 and needs is not None:
+            raise ComputeError(f"vllm_url={self.url}: the server does not offer {path}; start it with {needs}")
+        if answer.status_code != 200:
+            raise ComputeError(f"vllm_url={self.url}: {path} was refused ({answer.status_code}): {reason(answer.text)}")
+        return json.loads(answer.text) if answer.text.lstrip().startswith(("{", "[")) else None
+
+
+def reason(text: str) -> str:
+    """The one line in an error's body."""
+    try:
+        said = json.loads(text)
+        text = str(said["error"]["message"] if "error" in said else said.get("message", text))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return text.strip().splitlines()[0][:300] if text.strip() else "no reason given"
+
+
+def loopback(url: str) -> str:
+    """The URL, if it leads to this machine.
+
+    Raises:
+        SpecError: It is no http URL, or another machine's.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SpecError(f"vllm_url={url!r} is no http URL; give that of a server here, such as http://127.0.0.1:8000")
+    try:
+        here = parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname).is_loopback
+    except ValueError:
+        here = False
+    if not here:
+        raise SpecError(
+            f"vllm_url={url!r} is not this machine: what changes the server's weights has no authentication, so it must "
+            f"listen on 127.0.0.1, beside the trainer"
+        )
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def rank_for(rank: int) -> int:
+    """The smallest `max_lora_rank` that holds an adapter."""
+    fitting = [one for one in ADAPTER_RANKS if one >= rank]
+    if not fitting:
+        raise SpecError(f"adapter rank={rank}: vLLM takes ranks up to {ADAPTER_RANKS[-1]}; use a smaller one")
+    return fitting[0]

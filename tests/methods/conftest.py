@@ -1,0 +1,72 @@
+"""PPO on a random model, as the worker runs it, and ways to read what it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rlhf_nb.compute.rundir import EventWriter, append_line
+from rlhf_nb.protocol.fold import RunFold
+from rlhf_nb.protocol.spec import FunctionReward
+
+ROWS = [{"prompt": p} for p in ("Who?", "Where is it?", "When do they open?", "Is it far?", "Why?", "How?")]
+
+
+def function(name: str, value: str) -> FunctionReward:
+    """A reward that is `value`, an expression in `text`, for each completion."""
+    source = f"def {name}(prompts, completions):\n    return [{value} for text in completions]"
+    return FunctionReward(name=name, source=source)
+
+
+# Of what a random model says, half the characters or so are letters: a reward that differs between completions.
+LETTERS = function("letters", "sum(c.isascii() and c.isalpha() for c in text) / 4")
+
+
+@pytest.fixture
+def ppo(request, job, tiny_model_maker, monkeypatch) -> Callable[..., Any]:
+    """Runs PPO with the test file's CONFIG; knobs and parts of the spec by name.
+
+    `controls` wait in the control file before the first step; `after_step_1` is asked once that step is logged.
+    """
+    job.model = tiny_model_maker("still", dropout=0.0)
+    spec_names = {"adapter", "gold", "pretraining", "launch"}
+
+    def start(name: str = "run", *, rows=ROWS, reward=LETTERS, prepare=False, controls=(), after_step_1=None, **knobs):
+        spec = {name: knobs.pop(name) for name in spec_names & knobs.keys()}
+        config = {**request.module.CONFIG, **knobs}
+        place = job.prepare("ppo", rows, name=name, config=config, reward=reward, **spec)
+        for control in controls:
+            append_line(place.control_path, control.model_dump(mode="json"))
+        with monkeypatch.context() as patch:
+            if after_step_1 is not None:
+                patch.setattr(EventWriter, "write", asking(place, after_step_1))
+            return place if prepare else job.run(place)
+
+    start.job = job  # type: ignore[attr-defined]
+    return start
+
+
+def asking(place: Any, control: Any) -> Any:
+    """A writer of events during which a person asks for something, once step 1 is logged."""
+    write = EventWriter.write
+
+    def written(self: EventWriter, event: Any) -> Any:
+        if event.kind == "metric" and event.step == 1 and "loss" in event.values:
+            append_line(place.control_path, control.model_dump(mode="json"))
+        return write(self, event)
+
+    return written
+
+
+def fold(place) -> RunFold:
+    folded = RunFold()
+    for event in place.events():
+        folded.add(event)
+    return folded
+
+
+def rollouts(place) -> list[dict[str, float]]:
+    """Rows of metrics that a rollout opens."""
+    return [row for row in fold(place).table() if "reward/mean" in row]
