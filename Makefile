@@ -84,7 +84,7 @@ test: test-widgets test-python
 test-widgets: $(NODE_READY)
 	$(NPM) test
 
-test-python: $(DEV_READY) .venv-ipykernel6/.ready
+test-python: $(DEV_READY) .venv-ipykernel6/.ready .venv-vllm/.ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The field still has ipykernel 6, which blocks comm messages while a cell runs. This environment holds only that
@@ -98,13 +98,22 @@ test-python: $(DEV_READY) .venv-ipykernel6/.ready
 		> "$$(.venv-ipykernel6/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_main_environment.pth"
 	@touch $@
 
+# vLLM holds other versions of torch and transformers than .venv, so it has an environment of its own. Its CPU build is
+# a third party's; the official wheels are for CUDA.
+.venv-vllm/.ready: requirements-vllm.txt | $(BIN)/python
+	rm -rf .venv-vllm
+	$(BIN)/python -m venv --without-pip .venv-vllm
+	$(PIP) --python .venv-vllm/bin/python install --quiet $$(grep '^torch==' requirements-vllm.txt)
+	$(PIP) --python .venv-vllm/bin/python install --quiet --no-deps -r requirements-vllm.txt
+	@touch $@
+
 # After a deliberate upgrade in .venv: pin what is there, without local version tags, so that the file holds everywhere.
 constraints: | $(BIN)/python
 	{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' ; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) .venv-ipykernel6 widgets/node_modules rlhf_nb/ui/static build dist .mypy_cache .ruff_cache \
+	rm -rf $(VENV) .venv-ipykernel6 .venv-vllm widgets/node_modules rlhf_nb/ui/static build dist .mypy_cache .ruff_cache \
 		.import_linter_cache .pytest_cache report.html
 
 # The README's pictures, taken of the real thing.

@@ -181,6 +181,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def save_model() -> Callable[..., Path]:
+    return save_tiny_model
+
+
 @pytest.fixture
 def tiny_model_maker(tmp_path: Path) -> Callable[..., Path]:
     """Makes variants: `tiny_model_maker("wide", hidden_size=64)`."""

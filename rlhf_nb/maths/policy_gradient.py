@@ -73,3 +73,25 @@ def clipped_value_loss(
     near_BT = torch.minimum(torch.maximum(values_BT, old_BT - cliprange_value), old_BT + cliprange_value)
     plain_BT, clipped_BT = (values_BT - returns_BT).square(), (near_BT - returns_BT).square()
     return Clipped(fill(torch.maximum(plain_BT, clipped_BT) / 2, mask_BT), (clipped_BT > plain_BT) & mask_BT)
+
+
+def truncated_importance(
+    trainer_logprobs_BT: Tensor, sampler_logprobs_BT: Tensor, mask_BT: Tensor, *, cap: float
+) -> Tensor:
+    """min(π_trainer/π_sampler, cap) of each token: the weight of its loss where another engine sampled than trains.
+
+    Truncated importance sampling, Ionides 2008, doi:10.1198/106186008X320456; for samplers that round otherwise than
+    the trainer, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+
+    Args:
+        trainer_logprobs_BT: (B, T) nats, before the rollout's first update.
+        sampler_logprobs_BT: (B, T) nats, of the same tokens at the same temperature.
+        mask_BT: (B, T) bool.
+        cap: > 0. inf leaves the expectation exact and the variance unbounded.
+
+    Returns:
+        (B, T), in (0, cap]; min(1, cap) outside the mask. No gradient flows through it.
+    """
+    check_mask(trainer_logprobs_BT, mask_BT)
+    trainer_BT, sampler_BT = fill(trainer_logprobs_BT, mask_BT), fill(sampler_logprobs_BT, mask_BT)
+    return (trainer_BT - sampler_BT).detach().exp().clamp(max=cap)

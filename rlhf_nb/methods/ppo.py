@@ -136,6 +136,18 @@ class PPO(Method):
     """Completions of each prompt in a rollout. Without a value model their mean score is the baseline."""
     max_new_tokens: int = Field(48, gt=0)
     """Longest completion, in tokens."""
+    rollout_backend: Literal["transformers", "vllm", "vllm_server"] = "transformers"
+    """Who samples. transformers: the trained model itself, bit for bit the same again after a restart. vllm: an engine
+    in the trainer's process, for one process. vllm_server: a server on this machine, at `vllm_url`. Weights go over
+    after every update, an adapter's alone under LoRA."""
+    vllm_url: str = ""
+    """Of rollout_backend=vllm_server, such as http://127.0.0.1:8000. Loopback only: it has no authentication."""
+    vllm_memory: float = Field(0.3, gt=0, lt=1)
+    """Of rollout_backend=vllm: the share of the accelerator's memory that it takes."""
+    importance_cap: float | None = Field(None, gt=0)
+    """Truncated importance sampling (Yao et al. 2025): completions are read once more by the trainer, and a token's
+    policy loss is weighted by min(π_trainer/π_sampler, importance_cap). For samplers that compute otherwise than the
+    trainer does; 2 is usual. None: the sampler is believed."""
 
     # Credit
     gamma: float = Field(1.0, gt=0, le=1)
@@ -343,6 +355,15 @@ class PPO(Method):
                 f"ppo: batch_size={self.batch_size} leaves some of {spec.launch.num_processes} ranks without a "
                 f"completion; use at least {spec.launch.num_processes}"
             )
+        if self.rollout_backend == "vllm_server":
+            from rlhf_nb.training.rollout.vllm_engine import loopback
+
+            loopback(self.vllm_url)
+        if self.rollout_backend == "vllm" and spec.launch.num_processes > 1:
+            raise SpecError(
+                f"ppo: rollout_backend=vllm holds its engine in one process and there are "
+                f"{spec.launch.num_processes}; start a server and use rollout_backend=vllm_server"
+            )
         if self.max_new_tokens >= self.max_length:
             raise SpecError(
                 f"ppo: max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_length={self.max_length}"
@@ -412,7 +433,7 @@ class PPO(Method):
         """Losses of each token. The optimizer sees policy + vf_coef·value − entropy_coef·entropy, a mean over
         tokens."""
         from rlhf_nb.maths import kl
-        from rlhf_nb.maths.policy_gradient import clipped_policy_loss, clipped_value_loss
+        from rlhf_nb.maths.policy_gradient import clipped_policy_loss, clipped_value_loss, truncated_importance
         from rlhf_nb.training.online_types import TokenLosses
 
         policy = clipped_policy_loss(
@@ -423,6 +444,13 @@ class PPO(Method):
             cliprange=live.cliprange,
         )
         total_BT, metrics = policy.loss_BT, {"loss/policy": policy.loss_BT, "policy/clip_fraction": policy.clipped_BT}
+        weight_BT: Any = 1.0
+        if self.importance_cap is not None:
+            weight_BT = truncated_importance(
+                batch.behavior_logprobs_BT, batch.sampler_logprobs_BT, batch.mask_BT, cap=self.importance_cap
+            )
+            metrics["policy/importance_weight"] = weight_BT
+            total_BT = total_BT * weight_BT
         if self.value_model != "none":
             value = clipped_value_loss(
                 outputs.values_BT,
@@ -435,7 +463,7 @@ class PPO(Method):
             metrics |= {"loss/value": value.loss_BT, "value/clip_fraction": value.clipped_BT}
         if self.kl_in == "loss":
             penalty_BT = self._penalty(batch, outputs.logprobs_BT)
-            total_BT = total_BT + live.kl_coef * penalty_BT
+            total_BT = total_BT + live.kl_coef * weight_BT * penalty_BT
             metrics["loss/kl"] = penalty_BT
         if live.entropy_coef:
             total_BT = total_BT - live.entropy_coef * outputs.entropy_BT

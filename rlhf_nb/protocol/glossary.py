@@ -59,6 +59,8 @@ _ENTRIES = (
     Entry("policy/update_kl", "KL of a rollout's update", "nats", "KL(π_behavior ‖ π)", "k3, summed over a completion's tokens, mean over 4 completions, after the rollout's steps", "watch"),
     Entry("optimizer/gradient_snr", "gradient signal to noise", "", "‖E g‖² / tr Cov g of a minibatch", "pairs of minibatches of one pass, 65,536 coordinates", "watch"),
     Entry("convergence/gap", "still to be gained", "score", "Var(r − β·log(π/π_ref)) / 2β", "variance within a prompt, mean over prompts; zero exactly at the optimum", "down"),
+    Entry("policy/importance_weight", "importance weight", "", "min(π_trainer/π_sampler, importance_cap)", "mean over the step's tokens", "watch"),
+    Entry("time/sync_s", "weights to the sampler", "s", "wall time of handing the policy's weights over", "exact, a rollout", "down"),
     Entry("rollout/logprob_mismatch", "sampler and trainer apart", "nats/token", "|log π_trainer − log π_sampler|", "mean over the tokens of a rollout's first minibatch", "down"),
     Entry("value/explained_variance", "explained variance", "", "1 − Var(R − V) / Var(R)", "over the rollout's tokens", "up"),
     Entry("time/rollout_s", "sampling time", "s", "wall time of sampling a rollout", "exact, rank 0", "down"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlhf_nb.maths import kl
 from rlhf_nb.maths.masked import masked_mean, masked_sum
+from rlhf_nb.training.actor_critic import trunk_and_head
 
 if TYPE_CHECKING:
     from rlhf_nb.training.online import OnlineTrainer
@@ -106,7 +107,7 @@ class KLDoctor:
         policy, _, _ = self.trainer.module(
             tokens, seen, mask, temperature=temperature or rollout.temperature, with_values=False, with_entropy=False
         )
-        return policy, rollout.behavior_logprobs_BT[:ROWS], mask
+        return policy, rollout.sampler_logprobs_BT[:ROWS], mask
 
     def apart(self, rollout: Rollout, temperature: float | None = None) -> float:
         policy, behavior, mask = self.scored(rollout, temperature)
@@ -140,7 +141,7 @@ def end_tokens(doctor: KLDoctor, rollout: Rollout) -> str | None:
 def tokenizer(doctor: KLDoctor, rollout: Rollout) -> str | None:
     """Token numbers mean what the policy learnt they mean."""
     trainer = doctor.trainer
-    known, rows = len(trainer.tokenizer), int(trainer.sampler.head.get_parameter("weight").shape[0])
+    known, rows = len(trainer.tokenizer), int(trunk_and_head(trainer.module.policy)[1].get_parameter("weight").shape[0])
     if known > rows:
         return f"the tokenizer has {known} tokens and the policy {rows}; give the tokenizer it was trained with"
     unknown = trainer.tokenizer.unk_token_id

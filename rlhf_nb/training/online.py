@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,8 @@ from rlhf_nb.training.pretraining import Pretraining
 from rlhf_nb.training.preview import answer as answer_preview
 from rlhf_nb.training.prompt_order import PromptOrder
 from rlhf_nb.training.reference_said import ReferenceSaid
-from rlhf_nb.training.rollout.base import uniforms
+from rlhf_nb.training.rollout.base import Sampler, uniforms
+from rlhf_nb.training.rollout.choose import sampler_for
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler, pad_left
 from rlhf_nb.training.sampling import end_tokens
 
@@ -79,7 +81,8 @@ class OnlineTrainer:
                 self.module.critic.gradient_checkpointing_enable({"use_reentrant": False})
         self.module.to(self.device)
         self.reference.to(self.device)
-        self.sampler = self.make_sampler(*actor_critic.trunk_and_head(self.module.policy))
+        self.doctor = KLDoctor(self)
+        self.sampler: Sampler = sampler_for(self, path, max_length)
         trained = [p for p in self.module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=method.learning_rate, eps=ADAM_EPS, weight_decay=0.0, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
@@ -96,7 +99,6 @@ class OnlineTrainer:
         """Step of the last checkpoint."""
         self.samples = SampleTable(self)
         self.reference_said = ReferenceSaid(self)
-        self.doctor = KLDoctor(self)
         self.report = Report(self)
         self.noise = GradientNoise(trained)
 
@@ -144,6 +146,10 @@ class OnlineTrainer:
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
+        with closing(self.sampler):
+            self._train()
+
+    def _train(self) -> None:
         loop = self.context.control
         loop.bind([self._bound(live) for live in self.method.live_in(self.context.spec)])
         loop.rewards = self.judge
@@ -295,6 +301,10 @@ class OnlineTrainer:
         prompts = [self.prompt_ids[indices[row]] for row in mine]
         noise = uniforms(self.method.seed, self.rollouts, mine, self.method.max_new_tokens)
         temperature = self.temperature
+        if self.context.is_main:
+            self.sampler.refresh(self.step)
+        distributed.barrier()
+        refreshed_at = time.perf_counter()
         sampled = self.sampler.sample(prompts, noise, temperature=temperature)
         sampled_at = time.perf_counter()
         texts = self.texts(sampled.tokens_BT, sampled.mask_BT)
@@ -306,19 +316,23 @@ class OnlineTrainer:
         tokens_BP, seen_BP = pad_left(prompts, self.tokenizer.pad_token_id, self.device)
         tokens_BL = torch.cat([tokens_BP, sampled.tokens_BT], 1)
         attention_mask_BL = torch.cat([seen_BP, sampled.mask_BT], 1)
-        reference, values = [], []
+        behavior, reference, values = [], [], []
         for rows in torch.arange(len(mine), device=self.device).split(self.micro(len(mine))):
             part = (tokens_BL[rows], attention_mask_BL[rows], sampled.mask_BT[rows])
-            there = self.reference.logprobs(*part, temperature=temperature)
-            reference.append(sampled.behavior_logprobs_BT[rows] if there is None else there)
+            corrected = self.method.importance_cap is not None
             with torch.no_grad():
-                values.append(self.module(*part, with_policy=False)[2].masked_fill(~part[2], 0.0))
+                said, _, value = self.module(*part, temperature=temperature, with_policy=corrected, with_entropy=False)
+            behavior.append(said if corrected else sampled.behavior_logprobs_BT[rows])
+            there = self.reference.logprobs(*part, temperature=temperature)
+            reference.append(behavior[-1] if there is None else there)
+            values.append(value.masked_fill(~part[2], 0.0))
         rollout = self._gather(
             {
                 "prompts": prompts,
                 "tokens": sampled.tokens_BT,
                 "mask": sampled.mask_BT,
-                "behavior": sampled.behavior_logprobs_BT,
+                "sampler": sampled.behavior_logprobs_BT,
+                "behavior": torch.cat(behavior),
                 "reference": torch.cat(reference),
                 "values": torch.cat(values),
                 "scores": score,
@@ -333,7 +347,8 @@ class OnlineTrainer:
             self.moments.add(rollout.score_B)
             rollout = replace(rollout, score_shift=self.moments.mean, score_spread=self.moments.spread)
         return rollout, {
-            "time/rollout_s": sampled_at - began,
+            "time/rollout_s": sampled_at - refreshed_at,
+            **({"time/sync_s": refreshed_at - began} if self.method.rollout_backend != "transformers" else {}),
             "time/score_s": scored_at - sampled_at,
             "time/reference_s": time.perf_counter() - scored_at,
         }
@@ -378,6 +393,7 @@ class OnlineTrainer:
             behavior_logprobs_BT=padded("behavior"),
             reference_logprobs_BT=padded("reference"),
             values_BT=padded("values"),
+            sampler_logprobs_BT=padded("sampler"),
             score_B=self.judge.combined(scores_BM),
             parts_BM=scores_BM,
             reference_score_BR=self.judge.combined(numbers("reference_scores"))
@@ -454,7 +470,7 @@ class OnlineTrainer:
         outputs = self._outputs(part, temperature)
         losses = self.method.loss(part, outputs, self.live)
         if as_sampled:
-            losses.metrics["rollout/logprob_mismatch"] = (outputs.logprobs_BT - part.behavior_logprobs_BT).abs()
+            losses.metrics["rollout/logprob_mismatch"] = (outputs.logprobs_BT - part.sampler_logprobs_BT).abs()
         # Gradients are averaged over ranks: times the world size, they become the sum that a token mean needs.
         scale = self.context.world_size / tokens
         self.accelerator.backward(masked_sum(losses.loss_BT, part.mask_BT) * scale)

@@ -29,6 +29,9 @@ class Read:
     behavior_logprobs_BT: Tensor  # noqa: N815
     reference_logprobs_BT: Tensor  # noqa: N815
     values_BT: Tensor  # noqa: N815
+    sampler_logprobs_BT: Tensor  # noqa: N815
+    """As the sampler gave them. Where `importance_cap` is given, `behavior_logprobs_BT` are the trainer's own of the
+    same tokens instead."""
 
 
 @dataclass(frozen=True)

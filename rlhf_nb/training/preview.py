@@ -62,6 +62,7 @@ def _drawn(trainer: OnlineTrainer, request: Preview) -> Rollout:
     indices = [index for index in chosen for _ in range(request.samples)]
     prompts = [trainer.prompt_ids[index] for index in indices]
     noise = uniforms(method.seed, STREAM + trainer.step, range(len(indices)), method.max_new_tokens)
+    trainer.sampler.refresh(trainer.step)
     sampled = trainer.sampler.sample(prompts, noise, temperature=temperature)
     texts = trainer.texts(sampled.tokens_BT, sampled.mask_BT)
     scores_BM = torch.tensor(trainer.judge.scores([trainer.rows[index] for index in indices], texts))
@@ -81,6 +82,7 @@ def _drawn(trainer: OnlineTrainer, request: Preview) -> Rollout:
         behavior_logprobs_BT=sampled.behavior_logprobs_BT,
         reference_logprobs_BT=torch.cat([part for part in reference if part is not None]),
         values_BT=torch.zeros_like(sampled.behavior_logprobs_BT),
+        sampler_logprobs_BT=sampled.behavior_logprobs_BT,
         score_B=trainer.judge.combined(scores_BM).to(trainer.device),
         gold_B=None,
         ended_B=sampled.ended_B,

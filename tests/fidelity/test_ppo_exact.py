@@ -6,7 +6,7 @@ left is the algorithm itself, so the optimum can be asked for to a thousandth, a
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +15,7 @@ import torch
 from rlhf_nb.maths import advantages, kl
 from rlhf_nb.maths.reweighting import tilted
 from rlhf_nb.methods.ppo import PPO
-from rlhf_nb.training.online_types import Minibatch, Outputs, Rollout
+from rlhf_nb.training.online_types import Minibatch, Outputs, Read, Rollout
 
 SHARE = 2e-3
 """Of KL(π_ref ‖ π*): what may be left. A tenth more β, the weakest fault planted here, leaves several times as much."""
@@ -43,7 +43,7 @@ def optimise(method: PPO, world, steps: int = 800, rate: float = 0.03):
         sampled = Rollout(
             tokens_BL=tokens.repeat(P, 1), attention_mask_BL=row_mask, mask_BT=row_mask,
             behavior_logprobs_BT=old.flatten(0, 1), reference_logprobs_BT=reference.flatten(0, 1),
-            values_BT=torch.zeros(row_mask.shape, dtype=torch.float64), score_B=rewards.flatten(), gold_B=None,
+            values_BT=torch.zeros(row_mask.shape, dtype=torch.float64), sampler_logprobs_BT=old.flatten(0, 1), score_B=rewards.flatten(), gold_B=None,
             ended_B=ended.repeat(P), temperature=1.0,
         )  # fmt: skip
         earned = advantages.token_rewards(
@@ -60,10 +60,8 @@ def optimise(method: PPO, world, steps: int = 800, rate: float = 0.03):
 
         rollout = replace(sampled, values_BT=values)
         credit = method.credit(rollout, live)
-        batch = Minibatch(
-            rollout.tokens_BL, row_mask, row_mask, rollout.behavior_logprobs_BT, rollout.reference_logprobs_BT, values,
-            credit.advantages_BT, credit.returns_BT,
-        )  # fmt: skip
+        read = {field.name: getattr(rollout, field.name) for field in fields(Read)}
+        batch = Minibatch(**read, advantages_BT=credit.advantages_BT, returns_BT=credit.returns_BT)
         everywhere = logits.log_softmax(-1)
         entropy = -(everywhere.exp() * everywhere).sum(-1).flatten()[row_states]
         losses = method.loss(batch, Outputs(now.flatten(0, 1), entropy, values), live)

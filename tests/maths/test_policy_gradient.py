@@ -8,7 +8,7 @@ import torch
 
 from rlhf_nb.errors import ShapeError
 from rlhf_nb.maths.masked import masked_mean
-from rlhf_nb.maths.policy_gradient import clipped_policy_loss, clipped_value_loss
+from rlhf_nb.maths.policy_gradient import clipped_policy_loss, clipped_value_loss, truncated_importance
 
 ON = torch.ones(1, 1, dtype=torch.bool)
 
@@ -122,3 +122,37 @@ def test_shapes_that_differ_are_refused():
     for shapes in itertools.permutations([(2, 3), (2, 3), (3, 2)]):
         with pytest.raises(ShapeError):
             clipped_policy_loss(*(torch.zeros(s) for s in shapes), torch.ones(2, 3, dtype=torch.bool), cliprange=0.2)
+
+
+# --- another engine samples than trains -------------------------------------------------------------------------------
+
+
+def test_weighted_by_importance_the_gradient_is_that_of_the_trainer_s_policy_whoever_sampled():
+    """Over a three-token vocabulary, enumerated, with a sampler at temperature 2."""
+    logits = torch.tensor([[0.2, -0.4, 0.9]], dtype=torch.float64).T.requires_grad_()
+    logprobs = logits.log_softmax(0)
+    sampler, on = (logits.detach() / 2).log_softmax(0), torch.ones(3, 1, dtype=torch.bool)
+    rewards = torch.tensor([[1.0], [0.2], [-0.5]], dtype=torch.float64)
+    expected = torch.autograd.grad((logprobs.exp() * rewards).sum(), logits, retain_graph=True)[0]
+
+    def gradient(cap: float | None) -> torch.Tensor:
+        loss = clipped_policy_loss(logprobs, logprobs.detach(), rewards, on, cliprange=0.2).loss_BT
+        if cap is not None:
+            loss = loss * truncated_importance(logprobs, sampler, on, cap=cap)
+        return -torch.autograd.grad((sampler.exp() * loss).sum(), logits, retain_graph=True)[0]
+
+    torch.testing.assert_close(gradient(math.inf), expected)
+    torch.testing.assert_close(gradient(2.0), expected)
+    assert not torch.allclose(gradient(None), expected) and not torch.allclose(gradient(1.0), expected)
+
+
+def test_importance_is_one_where_both_agree_capped_where_they_do_not_and_never_read_from_pads(draw, mask_BT):
+    logprobs = -draw(5, 7).abs()
+    weight = truncated_importance(logprobs, logprobs.masked_fill(~mask_BT, math.nan), mask_BT, cap=2.0)
+    assert (weight == 1).all()
+    weight = truncated_importance(logprobs, logprobs - 1.0, mask_BT, cap=2.0)
+    assert (weight[mask_BT] == 2.0).all() and not weight.requires_grad
+    torch.testing.assert_close(
+        truncated_importance(logprobs, logprobs + 0.5, mask_BT, cap=2.0)[mask_BT],
+        torch.full_like(logprobs, math.exp(-0.5))[mask_BT],
+    )

@@ -22,6 +22,7 @@ from rlhf_nb.protocol.control import SetCoefficient
 from rlhf_nb.protocol.glossary import GLOSSARY
 from rlhf_nb.protocol.spec import FunctionReward, LoRA, RunSpec
 from rlhf_nb.training import checkpoints
+from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 
 from .conftest import LETTERS, ROWS, fold, rollouts
 
@@ -109,7 +110,8 @@ def test_the_advantage_without_a_value_model_is_score_less_group_mean_less_the_k
     behavior, reference = torch.tensor([[-1.0, -2.0], [-1.0, 0.0]]), torch.tensor([[-1.5, -2.25], [-1.0, 0.0]])
     rollout = Rollout(
         tokens_BL=mask, attention_mask_BL=mask, mask_BT=mask, behavior_logprobs_BT=behavior,
-        reference_logprobs_BT=reference, values_BT=torch.zeros(2, 2), score_B=torch.tensor([3.0, 1.0]), gold_B=None,
+        reference_logprobs_BT=reference, values_BT=torch.zeros(2, 2), sampler_logprobs_BT=behavior,
+        score_B=torch.tensor([3.0, 1.0]), gold_B=None,
         ended_B=torch.tensor([True, True]), temperature=1.0,
     )  # fmt: skip
     method = PPO(kl_coef=0.2, value_model="none", samples_per_prompt=2, whiten_advantages=False)
@@ -345,3 +347,27 @@ def test_bf16_computes_in_bf16_and_keeps_what_matters_in_fp32(ppo, adapter):
     assert {str(weight.dtype) for weight in saved.values()} == {"torch.float32"}
     losses = [[r.values["loss"] for r in fold(p).rows if "loss" in r.values] for p in (plain, low)]
     assert losses[0] != losses[1] and all(math.isfinite(value) for value in losses[1])
+
+
+# --- a sampler that computes otherwise than the trainer ---------------------------------------------------------------
+
+
+def test_where_sampler_and_trainer_agree_the_correction_changes_nothing_but_rounding(ppo):
+    plain, corrected = rollouts(ppo("plain")), rollouts(ppo("corrected", importance_cap=2.0))
+    for before, after in zip(plain, corrected, strict=True):
+        for name in ("loss", "reward/score", "kl/policy_reference"):
+            assert after[name] == pytest.approx(before[name], rel=1e-3, abs=1e-4), name
+        assert after["policy/importance_weight"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_sampler_of_another_policy_is_weighted_and_its_rollout_read_by_the_trainer(ppo, monkeypatch):
+    genuine = TransformersSampler.sample
+    monkeypatch.setattr(
+        TransformersSampler, "sample", lambda self, p, u, *, temperature: genuine(self, p, u, temperature=3.0)
+    )
+    believed, corrected = rollouts(ppo("believed"))[0], rollouts(ppo("corrected", importance_cap=1.5))[0]
+    # Before the first step policy and reference are one model; who believes the sampler reads a distance.
+    assert abs(believed["kl/policy_reference"]) > 0.01 and abs(corrected["kl/policy_reference"]) < 1e-4
+    assert "policy/importance_weight" not in believed and 0 < corrected["policy/importance_weight"] < 1.5
+    assert corrected["policy/importance_weight"] != pytest.approx(1.0, abs=1e-3)
+    assert corrected["rollout/logprob_mismatch"] == pytest.approx(believed["rollout/logprob_mismatch"], rel=1e-4)

@@ -25,6 +25,16 @@ class Completions:
 
 
 class Sampler(Protocol):
+    end_tokens: list[int]
+
+    def refresh(self, version: int) -> None:
+        """Before sampling: have the policy's weights of now. They are the same for the same version."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held outside the trainer."""
+        ...
+
     def sample(self, prompts: Sequence[Sequence[int]], uniforms_BT: np.ndarray, *, temperature: float) -> Completions:
         """One completion of each prompt.
 

@@ -55,6 +55,12 @@ class TransformersSampler:
         self.end_tokens = sorted(end_tokens)
         self.bf16 = precision == "bf16"
 
+    def refresh(self, version: int) -> None:
+        """It samples from the trained model itself."""
+
+    def close(self) -> None:
+        """It holds nothing."""
+
     def sample(self, prompts: Sequence[Sequence[int]], uniforms_BT: np.ndarray, *, temperature: float) -> Completions:
         device = next(self.trunk.parameters()).device
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):

@@ -49,6 +49,7 @@ class VLLMSampler:
         self.engine, self.policy, self.device, self.scratch = engine, policy, device, scratch
         self.end_tokens, self.pad_token = sorted(end_tokens), pad_token
         self.probe, self.logprobs, self.tolerance = list(probe), logprobs, tolerance
+        self.is_adapter = hasattr(policy, "peft_config")
         self.version: int | None = None
 
     def sample(self, prompts: Sequence[Sequence[int]], uniforms_BT: np.ndarray, *, temperature: float) -> Completions:
@@ -70,7 +71,7 @@ class VLLMSampler:
             self.scratch.mkdir(parents=True)
             # Safetensors, by default and for adapters too.
             self.policy.save_pretrained(str(self.scratch))
-        if hasattr(self.policy, "peft_config"):
+        if self.is_adapter:
             self.engine.load_adapter(self.scratch, version)
         else:
             self.engine.load_weights(self.scratch)
@@ -82,10 +83,15 @@ class VLLMSampler:
         ours = self.logprobs(self.probe, drawn.tokens)
         apart = float(np.abs(np.subtract(ours, drawn.logprobs)).mean())
         if not apart <= FAR * self.tolerance:
+            way_out = (
+                "an adapter stands on what the server was started with: start the server with the model that this run "
+                "starts from"
+                if self.is_adapter
+                else "on a CPU tied embeddings stay behind: train an adapter, or use rollout_backend=transformers"
+            )
             raise ComputeError(
                 f"after taking over the weights vLLM's log-probabilities differ from the trainer's by {apart:.3g} nats "
-                f"a token (rounding is {self.tolerance:g}); on a CPU this happens with tied embeddings. Train an "
-                f"adapter, or use rollout_backend=transformers"
+                f"a token (rounding is {self.tolerance:g}); {way_out}"
             )
 
     def _padded(self, drawn: list[Drawn]) -> Completions:

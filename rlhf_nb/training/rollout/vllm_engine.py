@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,11 +148,12 @@ class InProcess:
 class Server:
     """A vLLM server on this machine. It reads weights from the run's directory, so it shares our disk."""
 
-    def __init__(self, url: str, *, ends: Collection[int], adapter: str | None) -> None:
+    def __init__(self, url: str, *, ends: Collection[int], adapter: str | None, owner: bool = True) -> None:
         """
         Args:
             url: Of the server's root, on loopback: what changes its weights has no authentication.
             adapter: Name under which the policy's adapter is loaded; None for whole models.
+            owner: It loads weights, and takes the adapter away in the end.
         """
         import httpx
 
@@ -159,9 +161,9 @@ class Server:
         # No proxy from the environment: the address is this machine's.
         limits = httpx.Limits(max_connections=AT_ONCE)
         self.http = httpx.Client(base_url=self.url, timeout=ANSWER_S, limits=limits, trust_env=False)
-        self.base = str(self._get("/v1/models")["data"][0]["id"])
-        self.adapter = adapter
-        self.model = self.base
+        self.adapter, self.owner = adapter, owner
+        self.model = adapter or str(self._asked("GET", "/v1/models")["data"][0]["id"])
+        self._loaded = False
 
     def sample(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, temperature: float, limit: int
@@ -180,9 +182,9 @@ class Server:
         assert self.adapter is not None, "the server was opened for whole models"
         asked = {"lora_name": self.adapter, "lora_path": str(directory), "load_inplace": True}
         self._post("/v1/load_lora_adapter", asked, needs="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora")
+        self._loaded = True
         # The name is the same, and so would be the cached prefixes.
         self._reset()
-        self.model = self.adapter
 
     def load_weights(self, directory: Path) -> None:
         asked = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
@@ -193,20 +195,16 @@ class Server:
         self._post("/reset_prefix_cache", {}, needs="VLLM_SERVER_DEV_MODE=1")
 
     def close(self) -> None:
-        try:
-            if self.model != self.base:
-                self._post("/v1/unload_lora_adapter", {"lora_name": self.model})
-        except ComputeError:
-            pass  # it has ended before us
+        if self._loaded and self.owner:
+            # A server that has ended before us holds nothing any more.
+            with suppress(ComputeError):
+                self._post("/v1/unload_lora_adapter", {"lora_name": self.adapter})
         self.http.close()
 
-    def _get(self, path: str) -> Any:
-        return self._asked("GET", path, None, None)
+    def _post(self, path: str, body: dict[str, Any], *, needs: str | None = None) -> Any:
+        return self._asked("POST", path, body, needs=needs)
 
-    def _post(self, path: str, body: dict[str, Any], needs: str | None = None) -> Any:
-        return self._asked("POST", path, body, needs)
-
-    def _asked(self, verb: str, path: str, body: dict[str, Any] | None, needs: str | None) -> Any:
+    def _asked(self, verb: str, path: str, body: dict[str, Any] | None = None, *, needs: str | None = None) -> Any:
         import httpx
 
         try:
@@ -225,11 +223,9 @@ class Server:
 
 def reason(text: str) -> str:
     """The one line in an error's body."""
-    try:
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
         said = json.loads(text)
         text = str(said["error"]["message"] if "error" in said else said.get("message", text))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
     return text.strip().splitlines()[0][:300] if text.strip() else "no reason given"
 
 
@@ -248,8 +244,8 @@ def loopback(url: str) -> str:
         here = False
     if not here:
         raise SpecError(
-            f"vllm_url={url!r} is not this machine: what changes the server's weights has no authentication, so it must "
-            f"listen on 127.0.0.1, beside the trainer"
+            f"vllm_url={url!r} is not this machine: what changes the server's weights has no authentication, so it "
+            f"must listen on 127.0.0.1, beside the trainer"
         )
     return f"{parts.scheme}://{parts.netloc}"
 
