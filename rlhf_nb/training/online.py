@@ -42,7 +42,7 @@ from rlhf_nb.training.pretraining import Pretraining
 from rlhf_nb.training.preview import answer as answer_preview
 from rlhf_nb.training.prompt_order import PromptOrder
 from rlhf_nb.training.reference_said import ReferenceSaid
-from rlhf_nb.training.rollout.base import Sampler, uniforms
+from rlhf_nb.training.rollout.base import Completions, Sampler, uniforms
 from rlhf_nb.training.rollout.choose import sampler_for
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler, pad_left
 from rlhf_nb.training.sampling import end_tokens
@@ -102,10 +102,14 @@ class OnlineTrainer:
         self.report = Report(self)
         self.noise = GradientNoise(trained)
 
-    def make_sampler(self, trunk: Any, head: Any) -> TransformersSampler:
-        ends = end_tokens(self.module.policy, self.tokenizer)
+    def make_sampler(self, trunk: Any, head: Any, value_head: Any = None) -> TransformersSampler:
         return TransformersSampler(
-            trunk, head, end_tokens=ends, pad_token=self.tokenizer.pad_token_id, precision=self.method.precision
+            trunk,
+            head,
+            end_tokens=end_tokens(self.module.policy, self.tokenizer),
+            pad_token=self.tokenizer.pad_token_id,
+            precision=self.method.precision,
+            value_head=value_head,
         )
 
     def _take_prompts(self, max_length: int) -> None:
@@ -319,13 +323,11 @@ class OnlineTrainer:
         behavior, reference, values = [], [], []
         for rows in torch.arange(len(mine), device=self.device).split(self.micro(len(mine))):
             part = (tokens_BL[rows], attention_mask_BL[rows], sampled.mask_BT[rows])
-            corrected = self.method.importance_cap is not None
-            with torch.no_grad():
-                said, _, value = self.module(*part, temperature=temperature, with_policy=corrected, with_entropy=False)
-            behavior.append(said if corrected else sampled.behavior_logprobs_BT[rows])
+            said, value = self._read(sampled, rows, part, temperature)
             there = self.reference.logprobs(*part, temperature=temperature)
-            reference.append(behavior[-1] if there is None else there)
-            values.append(value.masked_fill(~part[2], 0.0))
+            behavior.append(said)
+            reference.append(said if there is None else there)
+            values.append(value)
         rollout = self._gather(
             {
                 "prompts": prompts,
@@ -352,6 +354,17 @@ class OnlineTrainer:
             "time/score_s": scored_at - sampled_at,
             "time/reference_s": time.perf_counter() - scored_at,
         }
+
+    @torch.no_grad()
+    def _read(
+        self, sampled: Completions, rows: Tensor, part: tuple[Tensor, Tensor, Tensor], temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) log-probabilities and values of some completions: the sampler's own where they are believed."""
+        believed = sampled.behavior_logprobs_BT[rows] if self.method.importance_cap is None else None
+        if believed is not None and sampled.values_BT is not None:
+            return believed, sampled.values_BT[rows]
+        said, _, value = self.module(*part, temperature=temperature, with_policy=believed is None, with_entropy=False)
+        return said if believed is None else believed, value.masked_fill(~part[2], 0.0)
 
     def texts(self, tokens_BT: Tensor, mask_BT: Tensor) -> list[str]:
         rows = [t[m].tolist() for t, m in zip(tokens_BT, mask_BT, strict=True)]

@@ -143,7 +143,7 @@ def test_a_sampler_with_yesterday_s_weights_is_found(ppo, monkeypatch):
     monkeypatch.setattr(
         online.OnlineTrainer,
         "make_sampler",
-        lambda self, trunk, head: genuine(self, copy.deepcopy(trunk), copy.deepcopy(head)),
+        lambda self, trunk, head, values=None: genuine(self, copy.deepcopy(trunk), copy.deepcopy(head), values),
     )
     found = notices(ppo(max_steps=6, learning_rate=2e-2))
     assert "it samples from weights of before" in found["kl_doctor/mismatch"]

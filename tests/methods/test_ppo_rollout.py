@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_nb.maths.logprobs import position_ids
 from rlhf_nb.training.actor_critic import ActorCritic, Reference, trunk_and_head
 from rlhf_nb.training.rollout.base import uniforms
-from rlhf_nb.training.rollout.transformers_backend import TransformersSampler, pad_left, pick
+from rlhf_nb.training.rollout.transformers_backend import TransformersSampler, buckets, pad_left, pick
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 ENDS = set(range(20, 90))
@@ -57,6 +57,49 @@ def test_tokens_and_logprobs_are_those_of_each_row_decoded_alone(model, sampler,
         assert mask.tolist() == [True] * len(tokens) + [False] * (mask.numel() - len(tokens))
         lengths.add(len(tokens))
     assert len(lengths) > 1
+
+
+def test_prompts_of_unlike_length_are_decoded_apart_and_come_back_in_their_order(model, sampler, monkeypatch):
+    prompts = [[5] * 40, [6, 7], [8] * 38, [9], [10] * 14]
+    chance = uniforms(4, 0, range(5), 9)
+    widths = []
+    genuine = TransformersSampler._sample
+    monkeypatch.setattr(
+        TransformersSampler,
+        "_sample",
+        lambda self, p, u, t: widths.append(sorted(map(len, p))) or genuine(self, p, u, t),
+    )
+    sampled = sampler.sample(prompts, chance, temperature=1.0)
+    assert widths == [[1, 2], [14], [38, 40]]
+    for row, prompt in enumerate(prompts):
+        tokens, logprobs = naive(model, prompt, chance[row], 1.0)
+        mask = sampled.mask_BT[row]
+        assert sampled.tokens_BT[row][mask].tolist() == tokens and bool(sampled.ended_B[row]) == (tokens[-1] in ENDS)
+        np.testing.assert_allclose(sampled.behavior_logprobs_BT[row][mask].numpy(), logprobs, rtol=1e-9)
+
+
+def test_a_bucket_pads_nobody_beyond_twice_its_length():
+    lengths = np.random.default_rng(0).integers(1, 400, 60).tolist()
+    found = buckets(lengths, 16)
+    assert sorted(row for rows in found for row in rows) == list(range(60))
+    for rows in found:
+        inside = [lengths[row] + 16 for row in rows]
+        assert max(inside) <= 2 * min(inside) and rows == sorted(rows)
+    assert buckets([3, 3, 3], 1) == [[0, 1, 2]]
+
+
+def test_values_that_come_with_the_tokens_are_those_of_the_trainer(model):
+    actor = ActorCritic(model, None, 32).double().eval()
+    torch.nn.init.normal_(actor.value_head.weight)
+    sampler = TransformersSampler(*trunk_and_head(model), end_tokens=ENDS, pad_token=1, value_head=actor.value_head)
+    sampled = sampler.sample(PROMPTS, uniforms(3, 0, range(4), 9), temperature=0.7)
+    tokens_BP, seen_BP = pad_left(PROMPTS, 1, torch.device("cpu"))
+    with torch.no_grad():
+        _, _, values = actor(
+            torch.cat([tokens_BP, sampled.tokens_BT], 1), torch.cat([seen_BP, sampled.mask_BT], 1), sampled.mask_BT
+        )
+    torch.testing.assert_close(sampled.values_BT, values.masked_fill(~sampled.mask_BT, 0.0))
+    assert sampled.values_BT[sampled.mask_BT].abs().min() > 0
 
 
 def test_the_end_token_counts_where_it_is_also_the_pad_token(model):

@@ -22,6 +22,8 @@ class Completions:
     """(B, T) nats, under the policy and at the temperature that sampled; 0 outside the mask."""
     ended_B: Tensor  # noqa: N815
     """(B,) bool: ended by an end token, not cut at the limit."""
+    values_BT: Tensor | None = None  # noqa: N815
+    """(B, T) of the value head, before each token, where the sampler read it on its way; 0 outside the mask."""
 
 
 class Sampler(Protocol):

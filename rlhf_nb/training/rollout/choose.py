@@ -25,7 +25,8 @@ def sampler_for(trainer: OnlineTrainer, path: str, max_length: int) -> Sampler:
     """
     method, context, policy = trainer.method, trainer.context, trainer.module.policy
     if method.rollout_backend == "transformers":
-        return trainer.make_sampler(*trunk_and_head(policy))
+        shared = trainer.module.value_head if trainer.module.critic is None else None
+        return trainer.make_sampler(*trunk_and_head(policy), shared)
     ends = end_tokens(policy, trainer.tokenizer)
     adapter = context.spec.adapter
     context.emit.stage("starting vLLM" if method.rollout_backend == "vllm" else f"reaching vLLM at {method.vllm_url}")
