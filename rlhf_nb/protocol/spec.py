@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rlhf_nb.errors import SpecError
+
 SPEC_VERSION = 1
 
 
@@ -162,7 +164,22 @@ class Launch(Frozen):
 
     @classmethod
     def parse(cls, text: str) -> Launch:
-        return cls(flags=tuple(shlex.split(text)))
+        """Split as a shell would.
+
+        Raises:
+            SpecError: A quote is left open, or the number of ranks stands in a file that is read elsewhere.
+        """
+        try:
+            launch = cls(flags=tuple(shlex.split(text)))
+        except ValueError as error:
+            raise SpecError(f"launch={text!r}: {error}; close the quote") from None
+        file = launch.option("config_file")
+        if file is not None and launch.option("num_processes") is None:
+            raise SpecError(
+                f"launch: the number of ranks in --config_file {file} is not seen from here; say it beside: "
+                f"--config_file {file} --num_processes 2"
+            )
+        return launch
 
     def option(self, name: str) -> str | None:
         """Value of `--name value` or `--name=value`, or None. Dashes and underscores are the same to accelerate."""

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from rlhf_nb.compute.rundir import EventWriter, append_line
+from rlhf_nb.data.rows import content_hash, encode_rows
 from rlhf_nb.protocol.fold import RunFold
-from rlhf_nb.protocol.spec import FunctionReward
+from rlhf_nb.protocol.spec import BlobData, FunctionReward
 
 ROWS = [{"prompt": p} for p in ("Who?", "Where is it?", "When do they open?", "Is it far?", "Why?", "How?")]
 
@@ -22,6 +23,14 @@ def function(name: str, value: str) -> FunctionReward:
 
 # Of what a random model says, half the characters or so are letters: a reward that differs between completions.
 LETTERS = function("letters", "sum(c.isascii() and c.isalpha() for c in text) / 4")
+VOWELS = function("vowels", "10 + sum(c in 'aeiou' for c in text)")
+
+
+def pretraining(job: Any, n: int = 6) -> BlobData:
+    """Rows to keep up, where the job finds them."""
+    rows = [{"prompt": f"Say {i}.", "completion": "It is far."} for i in range(n)]
+    (job.root / f"{content_hash(rows)}.jsonl").write_bytes(encode_rows(rows))
+    return BlobData(content_hash=content_hash(rows), row_kind="demonstrations", n=n, name="kept")
 
 
 @pytest.fixture

@@ -2,10 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -401,51 +397,7 @@ def test_no_reward_is_said(ppo):
         ppo(reward=None)
 
 
-# --- two ranks --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_ranks_are_one_run(ppo):
-    flags = "--multi_gpu --num_processes 2 --main_process_port 0"
-    knobs = {"max_steps": 8, "batch_size": 3, "rollout_batch_size": 9, "num_ppo_epochs": 1, "checkpoint_every": 3}
-    alone = ppo("one", **knobs, sample_every=2)
-    job = ppo.job
-    config = {**CONFIG, **knobs, "sample_every": 2}
-    place = job.prepare("ppo", ROWS, name="two", config=config, reward=LETTERS, launch=Launch.parse(flags))
-    script = job.root / "rank.py"
-    script.write_text(
-        "import os, sys\nfrom pathlib import Path\nfrom rlhf_nb.training import distributed, job\n"
-        "root, attempt = Path(sys.argv[1]), int(sys.argv[2])\n"
-        "resume_from = Path(sys.argv[3]) if len(sys.argv) > 3 else None\n"
-        "job.run(root / 'two', blobs=root, runs_root=root, rank=int(os.environ['RANK']),\n"
-        "        world_size=int(os.environ['WORLD_SIZE']), warm=False, attempt=attempt, resume_from=resume_from)\n"
-        "distributed.stop()\n"
-    )
-
-    def launch(*arguments):
-        program = Path(sys.executable).parent / "accelerate"
-        done = subprocess.run(
-            [program, "launch", *flags.split(), script, job.root, *arguments],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr
-
-    launch("1")
-    assert place.events()[0].world_size == 2
-    one, two = without_times(alone), without_times(place)
-    assert [row["step"] for row in two] == list(range(1, 9))
-    # The same chance on either: what is sampled is the same, and the numbers are, but for rounding.
-    assert one[0]["reward/score"] == two[0]["reward/score"]
-    for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
-
-    before = without_times(place)
-    launch("2", str(checkpoints.directory(place.path, 6)))
-    for a, b in zip(before, without_times(place), strict=True):
-        assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
+# --- the toy world ----------------------------------------------------------------------------------------------------
 
 
 def test_the_true_reward_of_the_toy_world_is_a_reward_here(ppo):

@@ -28,7 +28,7 @@ from rlhf_nb.protocol.spec import (
 from rlhf_nb.training import checkpoints
 from rlhf_nb.training.prompt_order import PromptOrder
 
-from .conftest import LETTERS, ROWS, fold, function, rollouts
+from .conftest import LETTERS, ROWS, VOWELS, fold, function, pretraining, rollouts
 
 CONFIG = {
     "max_steps": 8, "rollout_batch_size": 4, "batch_size": 2, "num_ppo_epochs": 1, "max_new_tokens": 6,
@@ -36,7 +36,6 @@ CONFIG = {
 }  # fmt: skip
 
 
-VOWELS = function("vowels", "10 + sum(c in 'aeiou' for c in text)")
 COUNT_RARE = FunctionReward(
     name="rare", source="def rare(prompts, completions):\n    return [float(p == 'Rare?') for p in prompts]"
 )
@@ -182,14 +181,8 @@ def test_what_a_reward_said_is_not_asked_again_after_a_restart(ppo, tmp_path):
 # --- pretraining rows and mixtures ------------------------------------------------------------------------------------
 
 
-def pretraining(ppo, n: int = 6) -> BlobData:
-    rows = [{"prompt": f"Say {i}.", "completion": "It is far."} for i in range(n)]
-    (ppo.job.root / f"{content_hash(rows)}.jsonl").write_bytes(encode_rows(rows))
-    return BlobData(content_hash=content_hash(rows), row_kind="demonstrations", n=n, name="kept")
-
-
 def test_pretraining_rows_are_kept_likely(ppo):
-    kept = pretraining(ppo)
+    kept = pretraining(ppo.job)
     losses = {}
     for coef in (1e-6, 3.0):
         place = ppo(f"ptx-{coef}", pretraining=kept, ptx_coef=coef, learning_rate=3e-3, max_steps=12)
@@ -200,7 +193,7 @@ def test_pretraining_rows_are_kept_likely(ppo):
 
 def test_ptx_coef_is_live_and_weighs_the_gradient_at_its_step(ppo):
     """At its step the policy is what it was without it; the gradient is not."""
-    kept = pretraining(ppo)
+    kept = pretraining(ppo.job)
     still = ppo("still", pretraining=kept, ptx_coef=0.5)
     moved = ppo("moved", pretraining=kept, ptx_coef=0.5, after_step_1=SetCoefficient(name="ptx_coef", value=5.0))
     step = fold(moved).changes[0].effective_step

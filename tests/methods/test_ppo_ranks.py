@@ -1,0 +1,204 @@
+"""PPO on two processes is PPO on one: the same tokens, gradients and weights, through ordinary launch flags."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_nb.errors import SpecError
+from rlhf_nb.protocol.control import SetReward
+from rlhf_nb.protocol.spec import CombinedReward, FunctionReward, Launch, LoRA, RewardPart
+from rlhf_nb.training import checkpoints
+
+from .conftest import LETTERS, ROWS, VOWELS, fold, pretraining
+
+CONFIG = {
+    "max_steps": 10, "rollout_batch_size": 9, "batch_size": 3, "num_ppo_epochs": 1, "max_new_tokens": 6,
+    "max_length": 80, "sample_every": 0, "learning_rate": 3e-3, "kl_coef": 0.2,
+}  # fmt: skip
+"""Minibatches of three rows: two ranks share each unevenly."""
+FLAGS = {1: "--num_processes 1", 2: "--multi_gpu --num_processes 2 --main_process_port 0"}
+RANK = """
+import json, os, sys
+from pathlib import Path
+import torch
+from rlhf_nb.compute.rundir import EventWriter, append_line
+from rlhf_nb.training import actor_critic, distributed, job, online
+
+asked = json.loads(sys.argv[1])
+place, rank = Path(asked["place"]), int(os.environ.get("RANK", "0"))
+
+if asked.get("double"):
+    torch.set_default_dtype(torch.float64)
+    load = actor_critic.models.load_model
+    actor_critic.models.load_model = lambda *a, **k: load(*a, **{**k, "dtype": torch.float64})
+
+if asked.get("after_step_1"):
+    write = EventWriter.write
+    def written(self, event):
+        if event.kind == "metric" and event.step == 1 and "loss" in event.values:
+            append_line(place / "control.jsonl", asked["after_step_1"])
+        return write(self, event)
+    EventWriter.write = written
+
+if asked.get("rollout"):
+    collect = online.OnlineTrainer.collect
+    def injected(self):
+        path = Path(asked["rollout"])
+        if path.exists():
+            return torch.load(path, weights_only=False), {}
+        rollout, seconds = collect(self)
+        torch.save(rollout, path)
+        return rollout, seconds
+    online.OnlineTrainer.collect = injected
+    clip = online.OnlineTrainer._clip
+    def kept(self):
+        if rank == 0:
+            torch.save({n: p.grad for n, p in self.module.named_parameters() if p.grad is not None}, place / "grads.pt")
+        return clip(self)
+    online.OnlineTrainer._clip = kept
+
+resume_from = Path(asked["resume_from"]) if asked.get("resume_from") else None
+job.run(place, blobs=place.parent, runs_root=place.parent, rank=rank, world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        warm=False, attempt=2 if resume_from else 1, resume_from=resume_from)
+distributed.stop()
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def ranks(job, tiny_model_maker, tmp_path):
+    """Runs a prepared job on some ranks, launched as a person's is."""
+    job.model = tiny_model_maker("still", dropout=0.0)
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+
+    def prepare(
+        name: str, world: int, *, reward: Any = LETTERS, flags: str | None = None, spec: Any = None, **knobs: Any
+    ):
+        launch = Launch.parse(FLAGS[world] if flags is None else flags)
+        config = {**CONFIG, **knobs}
+        return job.prepare("ppo", ROWS, name=name, config=config, reward=reward, launch=launch, **(spec or {}))
+
+    def run(place: Any, *, fails: bool = False, **asked: Any) -> str:
+        program = Path(sys.executable).parent / "accelerate"
+        arguments = json.dumps({"place": str(place.path), **asked})
+        done = subprocess.run(
+            [program, "launch", *place.spec().launch.flags, script, arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert (done.returncode != 0) == fails, done.stderr[-4000:]
+        return done.stderr
+
+    run.prepare, run.job = prepare, job  # type: ignore[attr-defined]
+    return run
+
+
+def numbers(place: Any) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in fold(place).table()]
+
+
+def same(one: Any, two: Any, **tolerance: float) -> None:
+    a, b = numbers(one), numbers(two)
+    assert [row["step"] for row in a] == [row["step"] for row in b] != []
+    for left, right in zip(a, b, strict=True):
+        assert left == pytest.approx(right, **tolerance)
+
+
+def test_in_float32_two_ranks_are_one_run_and_so_is_what_a_restart_makes_of_it(ranks):
+    knobs = {"max_steps": 8, "checkpoint_every": 3, "sample_every": 2}
+    one, two = ranks.prepare("one", 1, **knobs), ranks.prepare("two", 2, **knobs)
+    ranks.job.run(one)
+    ranks(two)
+    assert two.events()[0].world_size == 2 and numbers(one)[0]["reward/score"] == numbers(two)[0]["reward/score"]
+    same(one, two, rel=2e-3, abs=2e-5)
+    before = numbers(two)
+    ranks(two, resume_from=str(checkpoints.directory(two.path, 6)))
+    for a, b in zip(before, numbers(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("features", ["plain", "everything", "light"])
+def test_in_float64_ten_steps_on_two_ranks_are_ten_on_one(ranks, features):
+    """Everything: a combined reward, one part of it replaced on the way, Preference As Reward, pretraining rows,
+    running normalisation and whitened rewards. Light: no value model, groups."""
+    reward: Any = LETTERS
+    knobs: dict[str, Any] = {}
+    asked: dict[str, Any] = {"double": True}
+    spec: dict[str, Any] = {}
+    if features == "everything":
+        reward = CombinedReward(parts=(RewardPart(reward=LETTERS), RewardPart(reward=VOWELS, weight=0.5)))
+        knobs = {"preference_references": 2, "ptx_coef": 0.5, "whiten_rewards": True, "score_normalisation": "running"}
+        spec = {"pretraining": pretraining(ranks.job)}
+        asked["after_step_1"] = SetReward(part="vowels", reward=LETTERS, id="fresh").model_dump(mode="json")
+    if features == "light":
+        knobs = {"value_model": "none", "samples_per_prompt": 3}
+    places = [ranks.prepare(f"{world}", world, reward=reward, spec=spec, **knobs) for world in (1, 2)]
+    for place in places:
+        ranks(place, **asked)
+    one, two = places
+    same(one, two, rel=1e-8, abs=1e-9)
+    if features == "everything":
+        assert [len(fold(place).rewards) for place in places] == [1, 1]
+    # The model is saved as it was computed, in float64.
+    first, second = (load_file(place.model / "model.safetensors") for place in places)
+    for name, weight in first.items():
+        assert weight.dtype == torch.float64
+        torch.testing.assert_close(second[name], weight, rtol=0, atol=1e-9)
+
+
+def test_in_float32_gradients_on_the_same_rollout_agree(ranks):
+    injected = str(ranks.job.root / "rollout.pt")
+    places = [ranks.prepare(f"{world}", world, max_steps=1) for world in (1, 2)]
+    for place in places:
+        ranks(place, rollout=injected)
+    one, two = (torch.load(place.path / "grads.pt") for place in places)
+    assert one.keys() == two.keys() and len(one) > 10
+    for name, gradient in one.items():
+        assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_one_rank_s_exception_ends_all_quickly_with_its_message(ranks):
+    source = (
+        "def picky(prompts, completions):\n    import os\n"
+        "    if os.environ['RANK'] == '1':\n        raise ValueError('rank one does not like it')\n"
+        "    return [1.0] * len(completions)"
+    )
+    place = ranks.prepare("two", 2, reward=FunctionReward(name="picky", source=source))
+    began = time.monotonic()
+    assert "rank one does not like it" in ranks(place, fails=True)
+    assert time.monotonic() - began < 60
+
+
+def test_a_config_file_without_a_number_of_ranks_beside_it_is_refused():
+    with pytest.raises(SpecError, match="say it beside: --config_file my.yaml --num_processes 2"):
+        Launch.parse("--config_file my.yaml")
+    with pytest.raises(SpecError, match="close the quote"):
+        Launch.parse("--config_file 'my.yaml")
+
+
+def test_an_accelerate_config_file_launches_it_too(ranks):
+    config = ranks.job.root / "two.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\nnum_machines: 1\n"
+        "machine_rank: 0\nmain_process_port: 0\nmixed_precision: 'no'\nuse_cpu: false\nrdzv_backend: static\n"
+        "same_network: true\n"
+    )
+    one = ranks.prepare("one", 1, max_steps=4, spec={"adapter": LoRA(r=4)})
+    two = ranks.prepare(
+        "two", 2, max_steps=4, spec={"adapter": LoRA(r=4)}, flags=f"--config_file {config} --num_processes 2"
+    )
+    ranks.job.run(one)
+    ranks(two)
+    assert two.events()[0].world_size == 2
+    same(one, two, rel=2e-3, abs=2e-5)
