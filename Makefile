@@ -1,7 +1,7 @@
 # Each of these sets up everything it needs in .venv first, once, and again only after an input changed.
 #   make lab     JupyterLab on the quickstart (a copy in ./rlhf-quickstart/, yours to edit)
 #   make demo    the quickstart without a browser; leaves report.html
-#   make check   ruff, mypy, import contracts, TypeScript types, generated protocol types
+#   make check   ruff, mypy, import contracts, TypeScript types, generated protocol types and table of methods
 #   make test    every test that needs no GPU       (make test PYTEST_ARGS="tests/maths -x" for a part)
 #   make clean   removes what this file built, .venv included
 # PYTHON=python3.12 chooses the interpreter of .venv; default: the first Python >= 3.11 found.
@@ -25,8 +25,8 @@ RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 NODE_READY := widgets/node_modules/.ready
 
-.PHONY: screenshots help lab demo check check-lint check-format check-types check-imports check-typescript check-protocol test \
-	test-python test-widgets format constraints clean
+.PHONY: screenshots help lab demo check check-lint check-format check-types check-imports check-typescript check-protocol \
+	check-methods test test-python test-widgets format constraints clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -61,7 +61,7 @@ demo: $(RUN_READY)
 		--output-dir $(CURDIR) --output report.html 00_quickstart.ipynb
 	@echo "report: $(CURDIR)/report.html"
 
-check: check-lint check-format check-types check-imports check-typescript check-protocol
+check: check-lint check-format check-types check-imports check-typescript check-protocol check-methods
 check-lint: $(DEV_READY)
 	$(BIN)/ruff check .
 check-format: $(DEV_READY)
@@ -74,6 +74,8 @@ check-typescript: $(NODE_READY)
 	$(NPM) run typecheck
 check-protocol: $(DEV_READY)
 	$(BIN)/python -m rlhf_nb.protocol.generate --check
+check-methods: $(DEV_READY)
+	$(BIN)/python -m rlhf_nb.methods.table --check
 
 format: $(DEV_READY)
 	$(BIN)/ruff check --fix .

@@ -46,6 +46,10 @@ class RunFailedError(ComputeError):
     """A run ended in the state `failed`; the message carries its cause."""
 
 
+class WaitTimeoutError(RlhfError, TimeoutError):
+    """What was waited for has not come yet; it still may."""
+
+
 class UnavailableError(RlhfError, RuntimeError):
     """Something that exists cannot be used here, with the reason."""
 

@@ -18,6 +18,7 @@ from rlhf_nb.errors import (
     StorageError,
     StoreLockedError,
     UnavailableError,
+    WaitTimeoutError,
     did_you_mean,
 )
 from rlhf_nb.protocol import control as controls
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from rlhf_nb.workspace import Workspace
 
 POLL_S = 0.05
+WAKE_S = 0.25
+"""An interrupt of a cell that awaits a run is heard within this."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,17 @@ class Applied:
 Answer = Applied | RewardReplaced | Previewed | Samples | int
 
 
+class Detached(KeyboardInterrupt, asyncio.CancelledError):
+    """A wait was interrupted; the run goes on.
+
+    It is both, because an interrupted cell that awaits is cancelled: a bare KeyboardInterrupt that leaves a task of the
+    user's, as under `asyncio.gather`, would end the kernel's event loop and the kernel.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
 class Pending:
     """Something asked of a live run that is not yet in force."""
 
@@ -66,7 +80,7 @@ class Pending:
         Raises:
             UnavailableError: The run refused, with its reason.
             RunFailedError: The run ended first.
-            TimeoutError: Not in force after `timeout` seconds; it still may come.
+            WaitTimeoutError: Not in force after `timeout` seconds; it still may come.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -79,7 +93,7 @@ class Pending:
             if fold.is_terminal:
                 raise RunFailedError(f"{self._run.id}: the run {fold.state} before {self.what} came into force")
             if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError(
+                raise WaitTimeoutError(
                     f"{self._run.id}: {self.what} is not in force after {timeout:g} s; it still may come"
                 )
             time.sleep(POLL_S)
@@ -304,31 +318,36 @@ class Run:
 
         Raises:
             RunFailedError: The run failed, or paused by itself; the message says why.
-            TimeoutError: Not over after `timeout` seconds.
+            WaitTimeoutError: Not over after `timeout` seconds.
         """
         try:
             self._until_over(timeout, threading.Event())
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(self._detached()) from None
+            raise self._detached() from None
         return self
 
     async def wait_async(self, timeout: float | None = None) -> str:
         """As `wait`, awaited: the kernel goes on hearing its widgets meanwhile. Gives the state it ended in."""
         given_up = threading.Event()
+        waiting = asyncio.create_task(asyncio.to_thread(self._until_over, timeout, given_up))
         try:
-            return await asyncio.to_thread(self._until_over, timeout, given_up)
+            while not waiting.done():
+                # The kernel cancels an interrupted cell when its loop next wakes by itself (ipython/ipykernel#881).
+                await asyncio.wait([waiting], timeout=WAKE_S)
+            return waiting.result()
         except asyncio.CancelledError:
             # What an interrupt of the kernel does to a cell that awaits.
-            raise KeyboardInterrupt(self._detached()) from None
+            raise self._detached() from None
         finally:
             given_up.set()
+            waiting.cancel()
 
     def __await__(self) -> Generator[Any, None, str]:
         """`await run` waits for the end, and gives the state it ended in."""
         return self.wait_async().__await__()
 
-    def _detached(self) -> str:
-        return f"detached from {self.id}; it goes on. %rlhf stop {self.id} would end it"
+    def _detached(self) -> Detached:
+        return Detached(f"detached from {self.id}; it goes on. %rlhf stop {self.id} would end it")
 
     def _until_over(self, timeout: float | None, given_up: threading.Event) -> str:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -347,7 +366,7 @@ class Run:
                 if state == "paused" and self._fold.held:
                     raise RunFailedError(f"{self.id} is paused: {self._fold.held}")
                 if deadline is not None and time.monotonic() > deadline:
-                    raise TimeoutError(
+                    raise WaitTimeoutError(
                         f"{self.id} is {state} after {timeout:g} s; it goes on, wait again with run.wait()"
                     )
                 # A subscription wakes this at once; the time-out also catches an agent that was replaced meanwhile.

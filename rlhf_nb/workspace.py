@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb.errors import AttachError, NotFoundError, RlhfError, did_you_mean
-from rlhf_nb.protocol.events import TERMINAL, AnyEvent
+from rlhf_nb.protocol.events import TERMINAL, AnyEvent, RewardReplaced
 from rlhf_nb.protocol.fold import RunFold
-from rlhf_nb.protocol.spec import BlobData, FunctionReward, LoRA, RunSpec, describe
+from rlhf_nb.protocol.spec import BlobData, FunctionReward, LoRA, RunSpec, describe, parents_of
 
 if TYPE_CHECKING:
     from rlhf_nb.compute.client import AttachInfo, Client
@@ -329,6 +329,10 @@ class Workspace:
             self._indexed[run.id] = done
             return
         kept = [event.model_dump(mode="json") for event in fresh if event.kind not in ("metric", "samples")]
+        # First, since it may be done twice: once the events are kept nobody comes back to them.
+        for event in fresh:
+            for parent in parents_of(event.new) if isinstance(event, RewardReplaced) else ():
+                self.store.add_lineage(run.id, parent, "model")
         self.store.add_events(run.id, kept)
         for event in fresh:
             if event.kind in _AUDITED:

@@ -92,6 +92,8 @@ class Method(BaseModel):
     paper: ClassVar[str] = ""
     rows: ClassVar[str]
     """Kind of rows it trains on: demonstrations, pairs, prompts …"""
+    models: ClassVar[str] = ""
+    """What is in memory while it trains, for the README's table."""
     has_reference: ClassVar[bool] = False
     """Whether a frozen reference is held, so that a tether can be drawn."""
     needs_reward: ClassVar[bool] = False

@@ -72,6 +72,7 @@ class DPO(GradientMethod):
     title: ClassVar[str] = "Direct preference optimization"
     paper: ClassVar[str] = "arXiv:2305.18290"
     rows: ClassVar[str] = "pairs"
+    models: ClassVar[str] = "policy, reference"
     has_reference: ClassVar[bool] = True
     live: ClassVar[tuple[LiveCoefficient, ...]] = (BETA, LEARNING_RATE, SMOOTHING)
 

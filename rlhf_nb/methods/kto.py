@@ -51,6 +51,7 @@ class KTO(GradientMethod):
     title: ClassVar[str] = "Kahneman-Tversky optimization"
     paper: ClassVar[str] = "arXiv:2402.01306"
     rows: ClassVar[str] = "thumbs"
+    models: ClassVar[str] = "policy, reference"
     has_reference: ClassVar[bool] = True
     live: ClassVar[tuple[LiveCoefficient, ...]] = (BETA, LEARNING_RATE, DESIRABLE, UNDESIRABLE)
 

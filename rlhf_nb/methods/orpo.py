@@ -49,6 +49,7 @@ class ORPO(GradientMethod):
     title: ClassVar[str] = "Odds ratio preference optimization"
     paper: ClassVar[str] = "arXiv:2403.07691"
     rows: ClassVar[str] = "pairs"
+    models: ClassVar[str] = "policy"
     live: ClassVar[tuple[LiveCoefficient, ...]] = (LAMBDA, LEARNING_RATE)
 
     beta: float = Field(0.1, gt=0)

@@ -71,6 +71,9 @@ class PPO(Method):
     title: ClassVar[str] = "Proximal policy optimization"
     paper: ClassVar[str] = "arXiv:1707.06347"
     rows: ClassVar[str] = "prompts"
+    models: ClassVar[str] = (
+        "policy, value (or none), reference (frozen, moving or none), reward; under LoRA all on one backbone"
+    )
     needs_reward: ClassVar[bool] = True
 
     # The objective. With γ = 1, temperature 1 and no penalty, bonus or whitening of rewards its optimum is

@@ -34,6 +34,7 @@ class RewardModel(GradientMethod):
     title: ClassVar[str] = "Reward model"
     paper: ClassVar[str] = "arXiv:2203.02155"
     rows: ClassVar[str] = "pairs"
+    models: ClassVar[str] = "reward model"
 
     learning_rate: float = Field(1e-4, ge=0)
     """Peak of the schedule. 1e-4 is TRL's; whole models of a billion parameters want 1e-5."""

@@ -26,6 +26,7 @@ class SFT(GradientMethod):
     title: ClassVar[str] = "Supervised fine-tuning"
     paper: ClassVar[str] = "arXiv:2203.02155"
     rows: ClassVar[str] = "demonstrations"
+    models: ClassVar[str] = "policy"
 
     learning_rate: float = Field(2e-5, ge=0)
     """Peak of the schedule. 2e-5 suits whole models of a billion parameters; LoRA wants 1e-4, the toy model 1e-3."""

@@ -54,6 +54,7 @@ class SimPO(GradientMethod):
     title: ClassVar[str] = "Simple preference optimization"
     paper: ClassVar[str] = "arXiv:2405.14734"
     rows: ClassVar[str] = "pairs"
+    models: ClassVar[str] = "policy"
     live: ClassVar[tuple[LiveCoefficient, ...]] = (BETA, GAMMA, LEARNING_RATE, SMOOTHING)
 
     beta: float = Field(2.0, gt=0)

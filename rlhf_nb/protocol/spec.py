@@ -146,6 +146,12 @@ def reward_parts(reward: Any) -> tuple[RewardPart, ...]:
     return reward.parts if isinstance(reward, CombinedReward) else (RewardPart(reward=reward),)
 
 
+def parents_of(reward: RewardRef | None) -> tuple[str, ...]:
+    """Runs whose model a reward asks."""
+    models = [part.reward.model for part in reward_parts(reward) if isinstance(part.reward, ModelReward)]
+    return tuple(model.run_id for model in models if isinstance(model, RunModel))
+
+
 class LoRA(Frozen):
     """Train a low-rank adapter instead of all weights. Hu et al. 2021, arXiv:2106.09685."""
 
@@ -227,10 +233,8 @@ class RunSpec(Frozen):
     @property
     def parents(self) -> tuple[str, ...]:
         """Runs whose model this run needs, each once, in the order of the spec."""
-        references = [self.policy]
-        rewards = [part.reward for part in (*reward_parts(self.reward), *reward_parts(self.gold))]
-        references += [reward.model for reward in rewards if isinstance(reward, ModelReward)]
-        return tuple(dict.fromkeys(r.run_id for r in references if isinstance(r, RunModel)))
+        policy = (self.policy.run_id,) if isinstance(self.policy, RunModel) else ()
+        return tuple(dict.fromkeys((*policy, *parents_of(self.reward), *parents_of(self.gold))))
 
     @property
     def data_sets(self) -> tuple[NamedData | BlobData, ...]:

@@ -182,6 +182,8 @@ class Said(Message):
     level: Literal["info", "error"] = "info"
     text: str
     cell: str = ""
+    unforeseen: str = ""
+    """The coefficient whose preview is refused by this; empty for all else."""
 
 
 # -- labelling, kernel to view -----------------------------------------------------------------------------------------

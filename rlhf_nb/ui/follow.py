@@ -169,6 +169,10 @@ def set_cell(run_id: str, name: str, value: float) -> str:
     return f"%rlhf set {run_id} {name}={value:.6g}"
 
 
+def preview_cell(run_id: str, name: str, value: float) -> str:
+    return f"%rlhf preview {run_id} {name}={value:.6g}"
+
+
 def _failure(fold: RunFold) -> str:
     if fold.failure is None:
         return ""

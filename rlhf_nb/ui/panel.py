@@ -17,7 +17,7 @@ from rlhf_nb.protocol import widget as messages
 from rlhf_nb.protocol.events import EFFECTIVE_ENOUGH, TERMINAL, AnyEvent, Previewed
 from rlhf_nb.ui import assets, figures
 from rlhf_nb.ui.desk import LabelDesk
-from rlhf_nb.ui.follow import Follower, set_cell
+from rlhf_nb.ui.follow import Follower, preview_cell, set_cell
 from rlhf_nb.ui.frames import frames
 
 BATCH_S = 0.05
@@ -65,7 +65,8 @@ class Panel(anywidget.AnyWidget):
         self._trouble = ""
         self._mine: set[str] = set()
         """Controls that were asked for in this panel: their refusals are news here."""
-        self._previews: set[str] = set()
+        self._previews: dict[str, str] = {}
+        """Previews asked for here and not answered yet: id to coefficient."""
         self._desk: LabelDesk | None = None
         self._human_read = False
         self._esm, self._css = assets.bundle("panel.js"), assets.bundle("panel.css")
@@ -93,7 +94,9 @@ class Panel(anywidget.AnyWidget):
         for event in fresh:
             if isinstance(event, Previewed):
                 self._foresee(event)
-            if event.kind == "control_refused" and event.id in self._mine:
+            if event.kind == "control_refused" and (name := self._previews.pop(event.id, "")):
+                self._unforeseen(name, f"refused: {event.reason}")
+            elif event.kind == "control_refused" and event.id in self._mine:
                 self._say(messages.Said(level="error", text=f"refused: {event.reason}"))
         if fresh:
             self._wake.set()
@@ -273,10 +276,8 @@ class Panel(anywidget.AnyWidget):
         def guarded() -> None:
             try:
                 function(*arguments)
-            except RlhfError as error:
-                self._say(messages.Said(level="error", text=str(error)))
             except Exception as error:  # noqa: BLE001 - a person pressed something and must hear why nothing happened
-                self._say(messages.Said(level="error", text=f"{type(error).__name__}: {error}"))
+                self._say(messages.Said(level="error", text=_why(error)))
             self._wake.set()
 
         self._commands.submit(guarded)
@@ -299,18 +300,33 @@ class Panel(anywidget.AnyWidget):
         self._say(messages.Said(text=f"asked: {message.name} = {message.value:.4g}", cell=cell))
 
     def _preview(self, message: messages.PreviewAsked) -> None:
-        pending = self._run.preview(message.name, message.values[0], values=message.values)
-        self._mine.add(pending.id)
-        self._previews.add(pending.id)
-        if (found := self._follower.fold.previews.get(pending.id)) is not None:
+        try:
+            pending = self._run.preview(message.name, message.values[0], values=message.values)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the slider no longer waits for an answer
+            self._unforeseen(message.name, _why(error))
+            return
+        self._previews[pending.id] = message.name
+        fold = self._follower.fold
+        if (found := fold.previews.get(pending.id)) is not None:
             # The run was faster than this call.
             self._foresee(found)
+        elif (refused := fold.refused.get(pending.id)) is not None:
+            if self._previews.pop(pending.id, ""):
+                self._unforeseen(message.name, f"refused: {refused}")
+            return
+        now = fold.coefficients[message.name].value if message.name in fold.coefficients else message.values[0]
+        # What is in force may be no value that can be foreseen: 0 is a tether cut.
+        nearest = min(max(now, min(message.values)), max(message.values))
+        cell = preview_cell(self._run.id, message.name, nearest)
+        self._say(messages.Said(text=f"asked: where another {message.name} would lead", cell=cell))
 
     def _foresee(self, found: Previewed) -> None:
-        if found.id in self._previews:
-            self._previews.discard(found.id)
+        if self._previews.pop(found.id, ""):
             shown = found.model_dump(include=set(messages.Foreseen.model_fields) - {"kind", "enough"})
             self._say(messages.Foreseen(**shown, enough=EFFECTIVE_ENOUGH))
+
+    def _unforeseen(self, name: str, reason: str) -> None:
+        self._say(messages.Said(level="error", text=reason, unforeseen=name))
 
     def _command(self, op: str) -> None:
         getattr(self._run, op)()
@@ -385,3 +401,7 @@ class Panel(anywidget.AnyWidget):
 
     def _send_log(self, lines: int) -> None:
         self._say(messages.LogLines(lines=self._run.log_tail(lines)))
+
+
+def _why(error: Exception) -> str:
+    return str(error) if isinstance(error, RlhfError) else f"{type(error).__name__}: {error}"

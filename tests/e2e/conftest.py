@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 import nbformat
 import psutil
 import pytest
+from PIL import Image
 
 from rlhf_nb.compute.rundir import LineTail
 
@@ -37,6 +39,13 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90.0, eve
         if time.monotonic() > deadline:
             pytest.fail(f"not within {seconds:g} s: {what}")
         time.sleep(every)
+
+
+def colours(png: bytes, below: float = 0) -> int:
+    """Distinct colours of a picture, under its first `below` pixels."""
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    part = picture.crop((0, min(round(below), picture.height), picture.width, picture.height))
+    return len(part.getcolors(1 << 24) or [])
 
 
 def free_port() -> int:

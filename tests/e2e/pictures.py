@@ -11,6 +11,8 @@ import pytest
 from rlhf_nb import toy
 from rlhf_nb.compute.rundir import LineTail
 
+from .conftest import colours
+
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CELLS = (
@@ -22,6 +24,8 @@ CELLS = (
     ),
     "%rlhf label toy-pairs --n 40 --annotator mira",
 )
+PAINTED = 50
+"""Distinct colours: text alone has a hundred or more, from its smoothed edges; an empty page has one."""
 
 
 def calm(page: Any, theme: str = "JupyterLab Light") -> None:
@@ -41,12 +45,29 @@ def take(page: Any, name: str, cell: int, folder: Path, pad: int = 8, height: fl
         "i => window.jupyterapp.shell.currentWidget.content.widgets[i].node.scrollIntoView({block: 'start'})", cell
     )
     page.page.wait_for_timeout(1500)
-    box = page.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell").nth(cell).bounding_box()
+    shown = page.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell").nth(cell)
+    box, source = shown.bounding_box(), shown.locator(".jp-Cell-inputWrapper").bounding_box()
     clip = {"x": max(0, box["x"] - pad), "y": max(0, box["y"] - pad)}
     clip |= {"width": box["width"] + 2 * pad, "height": min(box["height"] + 2 * pad, height)}
+    picture = page.page.screenshot(clip=clip)
+    # The source is painted also where the output is not.
+    found = colours(picture, below=source["y"] + source["height"] - clip["y"])
+    assert found > PAINTED, f"{name}: an output of {found} colours is empty"
     path = folder / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.page.screenshot(path=str(path), clip=clip)
+    path.write_bytes(picture)
+
+
+def test_an_output_that_was_not_painted_is_no_picture(lab, new_page, tmp_path):
+    page = new_page(lab, width=1180)
+    page.open(lab.notebook("empty.ipynb", ["import math\nprint('\\n' * 9)", "print('painted')"]))
+    page.run_cell(0)
+    page.run_cell(1)
+    with pytest.raises(AssertionError, match="empty: an output of"):
+        take(page, "empty", 0, tmp_path)
+    assert not list(tmp_path.iterdir())
+    take(page, "painted", 1, tmp_path)
+    assert (tmp_path / "painted.png").stat().st_size
 
 
 def test_pictures(lab, new_page, end_runs, wait_for):

@@ -12,6 +12,8 @@ import playwright.sync_api
 import psutil
 import pytest
 
+from .conftest import colours
+
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 LOAD = "%load_ext rlhf_nb\n%rlhf workspace {workspace}\n%rlhf attach local {flags}"
@@ -45,16 +47,11 @@ def shown(page: Any, selector: str) -> str:
 
 def painted(page: Any, selector: str) -> int:
     """Distinct colours in the pixels of an element: what was really drawn, not what the DOM claims."""
-    import io
-
-    from PIL import Image
-
     try:
         shot = page.page.locator(selector).first.screenshot(timeout=20_000)
     except playwright.sync_api.Error:
         return 0  # a slow machine has not settled the element yet; whoever waits looks again
-    image = Image.open(io.BytesIO(shot)).convert("RGB")
-    return len(image.getcolors(maxcolors=1 << 24) or [])
+    return colours(shot)
 
 
 @pytest.fixture(params=[1, 2], ids=["one-rank", "two-ranks"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_nb import workspace
-from rlhf_nb.errors import NotFoundError, SpecError
+from rlhf_nb.errors import NotFoundError, RunFailedError, SpecError
 
 FUNCTION = "def {name}(prompts, completions, **columns):\n    return [{value} for text in completions]"
 START = (
@@ -49,6 +49,21 @@ def test_weights_and_the_reward_itself_are_moved_while_a_run_trains(shell, tiny_
     assert any(row.values.get("loss/pretraining") for row in run.fold.rows)
     audited = {one.action: one.detail for one in ws.store.audit() if one.subject == "ppo-1"}
     assert audited["coefficient_changed"]["why"] == "length is cheap" and audited["reward_replaced"]["old"] == "letters"
+
+
+@pytest.mark.slow
+def test_a_reward_that_never_answers_ends_the_run_at_its_limit(shell, tiny_model_maker):
+    """The limit is an alarm, heard by a worker's main thread only: it holds because jobs run there."""
+    sleeps = "import time\ndef asleep(prompts, completions, **columns):\n    time.sleep(1e6)"
+    shell.shell.run_cell_magic("rlhf", "reward-function asleep", sleeps)
+    shell.run("%rlhf attach local --no-standby")
+    shell.run(
+        f"run = %rlhf ppo --policy {tiny_model_maker('still')} --prompts toy-prompts --reward asleep --set "
+        "reward_timeout=1 rollout_batch_size=4 batch_size=4 max_new_tokens=8 max_length=120 sample_every=0"
+    )
+    said = r"^ppo-1 failed: reward asleep: no answer within reward_timeout=1 s; make it faster or raise the limit$"
+    with pytest.raises(RunFailedError, match=said):
+        workspace.current().run("ppo-1").wait(timeout=120)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import pytest
 from rlhf_nb.protocol.events import ControlRefused, Failed
 from rlhf_nb.ui.panel import Panel
 
+from .conftest import _Pending, learning_rate
+
 
 class Page:
     """What a page hears of a panel."""
@@ -98,7 +100,40 @@ def test_where_a_move_would_lead_is_answered_to_the_page_and_moves_nothing(page,
     page.says("preview", name="learning_rate", values=[1e-4, 1e-3])
     (found,) = page.wait(lambda: page.of("foreseen"))
     assert [one["value"] for one in found["predictions"]] == [1e-4, 1e-3] and found["enough"] == 4.0
-    assert page.of("controls")[-1]["sliders"][0]["asked"] is None and not page.of("said")
+    assert page.of("controls")[-1]["sliders"][0]["asked"] is None
+    said = page.wait(lambda: page.of("said"))
+    assert [one["cell"] for one in said] == ["%rlhf preview ppo-7 learning_rate=0.0001"]
+
+
+def test_the_cell_of_a_preview_names_a_value_that_can_be_previewed(page, run):
+    run.start(coefficients=[learning_rate(0.0)])
+    page.hello()
+    page.says("preview", name="learning_rate", values=[1e-4, 1e-3])
+    assert page.wait(lambda: page.of("said"))[-1]["cell"] == "%rlhf preview ppo-7 learning_rate=0.0001"
+
+
+@pytest.mark.parametrize("refusal", ["before the call returns", "later"])
+def test_a_refused_preview_tells_its_slider_why(page, ppo, run, monkeypatch, refusal):
+    ppo(2)
+    page.hello()
+    refused = ControlRefused(id="the-preview", op="preview", reason="kl_in=loss: a preview needs kl_in=reward")
+    before = refusal != "later"
+    monkeypatch.setattr(run, "preview", lambda *_, **__: (before and run.emit(refused)) or _Pending("the-preview"))
+    page.says("preview", name="learning_rate", values=[1e-4])
+    if not before:
+        page.wait(lambda: page.of("said"))
+        run.emit(refused)
+    said = page.wait(lambda: [one for one in page.of("said") if one["level"] == "error"])
+    (one,) = said
+    assert (one["unforeseen"], one["text"]) == ("learning_rate", f"refused: {refused.reason}")
+
+
+def test_a_preview_that_cannot_be_asked_tells_its_slider_why(page, ppo, run):
+    ppo(2)
+    page.hello()
+    page.says("preview", name="learning_rat", values=[1e-4])
+    (said,) = page.wait(lambda: page.of("said"))
+    assert said["unforeseen"] == "learning_rat" and "\n" not in said["text"]
 
 
 def test_a_refusal_by_the_worker_is_said_and_the_handle_goes_back(page, ppo, run):

@@ -137,7 +137,7 @@ test("a refusal reaches the footer", () => {
   const view = setUp();
   view.hear(status());
   view.hear(controls());
-  view.hear({ kind: "said", level: "error", text: "refused: kl_coef is frozen", cell: "" });
+  view.hear({ kind: "said", level: "error", text: "refused: kl_coef is frozen", cell: "", unforeseen: "" });
   expect(view.find(".rlhf-applied").textContent).toBe("refused: kl_coef is frozen");
   expect(view.find(".rlhf-applied").classList).toContain("rlhf-is-error");
   view.end();
@@ -216,14 +216,14 @@ test("what if: the handle moves and the run does not, until the value is applied
   const asked = view.sent.find((message) => message.kind === "preview")!;
   expect(asked).toMatchObject({ kind: "preview", name: "kl_coef" });
   const values = (asked as { values: number[] }).values;
-  expect(Math.min(...values)).toBeCloseTo(0.05 / 30);
-  expect(Math.max(...values)).toBe(1);
+  expect([values[0], values.at(-1), values.length]).toEqual([1e-4, 1, 49]);
+  expect(values.every((value, i) => i === 0 || value > values[i - 1]!)).toBe(true);
   const words = row.querySelector(".rlhf-slidertext")!;
   expect(words.textContent).toBe("asking the policy…");
   view.hear({
     kind: "foreseen", name: "kl_coef", step: 30, now: 0.05, reward: 0.4, kl: 1.5, samples: 16, enough: 4,
     predictions: [
-      { value: 0.002, reward: 1, kl: 30, effective: 1.2 }, { value: 0.05, reward: 0.5, kl: 2, effective: 16 }, { value: 0.5, reward: 0.1, kl: 0.2, effective: 12 },
+      { value: 0.001, reward: 1, kl: 30, effective: 1.2 }, { value: 0.05, reward: 0.5, kl: 2, effective: 16 }, { value: 0.5, reward: 0.1, kl: 0.2, effective: 12 },
     ],
   });
   expect(words.textContent).toBe("would settle at reward 0.50, KL 2.0 nats (now 0.40, 1.5)");
@@ -258,5 +258,63 @@ test("leaving a what-if puts the handle back and sends nothing", () => {
   expect(range.value).toBe(before);
   expect(view.sets()).toEqual([]);
   expect(row.querySelector(".rlhf-slidertext")!.textContent).toBe("0.05 in effect");
+  view.end();
+});
+
+const answer = (): KernelMessage => ({
+  kind: "foreseen", name: "kl_coef", step: 30, now: 0, reward: 0.4, kl: 1.5, samples: 16, enough: 4,
+  predictions: [{ value: 1e-4, reward: 1, kl: 30, effective: 16 }, { value: 1, reward: 0.1, kl: 0.2, effective: 16 }],
+});
+
+function whatIf(more: Partial<Slider>) {
+  const view = setUp();
+  view.hear(status());
+  view.hear(controls({ sliders: [slider("kl_coef", { can_preview: true, ...more })] }));
+  const row = view.slider("kl_coef");
+  row.querySelector<HTMLButtonElement>(".rlhf-whatif")!.click();
+  const asked = view.sent.filter((message) => message.kind === "preview") as { values: number[] }[];
+  return { view, row, values: asked.at(-1)!.values, words: row.querySelector(".rlhf-slidertext")! };
+}
+
+test.each([
+  { low: 1e-4, value: 0, first: 1e-4 },
+  { low: 0, value: 0, first: 1.33e-6 },
+  { low: 1e-4, value: 1, first: 1e-4 },
+])("what is asked about is above 0 and reaches both ends, from $value with low $low", ({ low, value, first }) => {
+  const { view, values } = whatIf({ low, value });
+  expect(values.every((one) => Number.isFinite(one) && one > 0)).toBe(true);
+  expect([values[0], values.at(-1)]).toEqual([first, 1]);
+  expect(values.length).toBeLessThanOrEqual(100);
+  view.end();
+});
+
+test("of a value that was not asked about, nothing is foreseen", () => {
+  const { view, row, words } = whatIf({ value: 0 });
+  view.hear(answer());
+  expect(words.textContent).toBe("0 is outside 1e-4 to 1: nothing is foreseen there");
+  row.querySelector("input[type=range]")!.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true, cancelable: true }));
+  expect(words.textContent).toBe("would settle at reward 1.00, KL 30.0 nats (now 0.40, 1.5)");
+  view.hear(controls({ sliders: [slider("kl_coef", { can_preview: true, value: 7 })] }));
+  row.querySelector<HTMLButtonElement>(".rlhf-whatif")!.click();
+  row.querySelector<HTMLButtonElement>(".rlhf-whatif")!.click();
+  view.hear(answer());
+  expect(words.textContent).toBe("7 is outside 1e-4 to 1: nothing is foreseen there");
+  view.end();
+});
+
+test("a refused preview says why in its place, and asking again asks again", () => {
+  const { view, row, words } = whatIf({});
+  view.hear({ kind: "said", level: "error", text: "refused: something else", cell: "", unforeseen: "" });
+  expect(words.textContent).toBe("asking the policy…");
+  view.hear({ kind: "said", level: "error", text: "refused: reference=none: nothing to preview", cell: "", unforeseen: "kl_coef" });
+  expect(words.textContent).toBe("refused: reference=none: nothing to preview");
+  expect(words.classList.contains("rlhf-is-error")).toBe(true);
+  const button = row.querySelector<HTMLButtonElement>(".rlhf-whatif")!;
+  button.click();
+  expect([words.textContent, words.classList.contains("rlhf-is-error")]).toEqual(["0.05 in effect", false]);
+  button.click();
+  expect(words.textContent).toBe("asking the policy…");
+  view.hear(answer());
+  expect(words.textContent).toMatch(/^would settle/);
   view.end();
 });

@@ -165,6 +165,7 @@ export interface Said {
   level: "info" | "error";
   text: string;
   cell: string;
+  unforeseen: string;
 }
 
 export interface SampleItem {

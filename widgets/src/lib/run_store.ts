@@ -21,6 +21,8 @@ export class RunStore {
   samples: ShownSamples | null = null;
   /** By coefficient: where other values would lead. */
   foreseen = new Map<string, Foreseen>();
+  /** By coefficient: why nothing was foreseen. */
+  unforeseen = new Map<string, string>();
   log: string[] = [];
   said: (Said & { at: number }) | null = null;
   /** Why what is shown may be stale; empty when all is well. */
@@ -133,6 +135,7 @@ export class RunStore {
         break;
       case "foreseen":
         this.foreseen.set(message.name, message);
+        this.unforeseen.delete(message.name);
         this.tell("foreseen");
         break;
       case "log":
@@ -142,6 +145,10 @@ export class RunStore {
       case "said":
         this.said = { ...message, at: Date.now() };
         this.tell("said");
+        if (message.unforeseen) {
+          this.unforeseen.set(message.unforeseen, message.text);
+          this.tell("foreseen");
+        }
         break;
       case "asset": {
         const buffer = buffers[0];
@@ -155,7 +162,7 @@ export class RunStore {
   }
 
   private complain(text: string): void {
-    this.said = { kind: "said", level: "error", text, cell: "", at: Date.now() };
+    this.said = { kind: "said", level: "error", text, cell: "", unforeseen: "", at: Date.now() };
     this.tell("said");
   }
 

@@ -3,7 +3,7 @@ import { h, setAttribute, setText } from "../lib/dom";
 import { number } from "../lib/format";
 import type { Foreseen, Slider } from "../lib/protocol";
 import type { RunStore } from "../lib/run_store";
-import { makeScale } from "../lib/scale";
+import { makeScale, type Scale } from "../lib/scale";
 
 const DEBOUNCE_MS = 150;
 const STEPS = 1000;
@@ -78,7 +78,8 @@ function createRow(first: Slider, store: RunStore): Row {
     thought = on ? slider.value : null;
     if (on) {
       store.foreseen.delete(slider.name);
-      store.send({ kind: "preview", name: slider.name, values: around(slider) });
+      store.unforeseen.delete(slider.name);
+      store.send({ kind: "preview", name: slider.name, values: along(scale) });
       range.focus();
     }
     draw();
@@ -174,7 +175,9 @@ function createRow(first: Slider, store: RunStore): Row {
     apply.hidden = thought === null || thought === slider.value;
     element.classList.toggle("rlhf-is-thought", thought !== null);
     if (thought !== null) {
-      setText(words, foreseen(thought, store.foreseen.get(slider.name)));
+      const refusal = store.unforeseen.get(slider.name);
+      setText(words, refusal ?? foreseen(thought, store.foreseen.get(slider.name)));
+      words.classList.toggle("rlhf-is-error", refusal !== undefined);
       setAttribute(range, "aria-valuetext", `${number(thought)}${unit}: ${words.textContent}`);
     } else if (reason) setText(words, reason);
     else if (waiting) setText(words, `${number(slider.value)} in effect · ${number(asked)} asked`);
@@ -193,20 +196,23 @@ function createRow(first: Slider, store: RunStore): Row {
   };
 }
 
-const GRID = 33;
+/** Of the hundred that the protocol allows: an eighth of a decade apart over six decades. */
+const GRID = 49;
 
-/** Values to ask about: up to thirty times less and more, evenly in the logarithm. */
-function around(slider: Slider): number[] {
-  const low = Math.max(slider.low, slider.value / 30);
-  const high = Math.min(slider.high, slider.value * 30);
-  return Array.from({ length: GRID }, (_, i) => low * (high / low) ** (i / (GRID - 1)));
+/** Values to ask about: the whole track. A tether of 0 has no optimum to foresee. */
+function along(scale: Scale): number[] {
+  return Array.from({ length: GRID }, (_, i) => scale.value(i / (GRID - 1))).filter((value) => value > 0);
 }
 
 /** What the nearest values that were asked about say of this one, between them in the logarithm. */
 export function foreseen(value: number, answer: Foreseen | undefined): string {
   if (!answer) return "asking the policy…";
   const rows = answer.predictions;
-  const above = rows.findIndex((row) => row.value >= value * (1 - 1e-9));
+  const [lowest, highest] = [rows[0]!.value, rows.at(-1)!.value];
+  if (value < lowest * (1 - 1e-9) || value > highest * (1 + 1e-9)) {
+    return `${number(value)} is outside ${number(lowest)} to ${number(highest)}: nothing is foreseen there`;
+  }
+  const above = rows.findIndex((row) => row.value >= value);
   const right = above < 0 ? rows.length - 1 : above;
   const left = Math.max(0, right - 1);
   const [a, b] = [rows[left]!, rows[right]!];
