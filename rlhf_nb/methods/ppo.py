@@ -1,7 +1,8 @@
 """Proximal Policy Optimization on a learned or given reward, tethered to a reference.
 
 Papers   Schulman et al. 2017, arXiv:1707.06347 (the clipped loss); Ziegler et al. 2019, arXiv:1909.08593 (KL in the
-         reward); Ouyang et al. 2022, arXiv:2203.02155; Huang et al. 2024, arXiv:2403.17031 (the details that matter).
+         reward); Ouyang et al. 2022, arXiv:2203.02155; Huang et al. 2024, arXiv:2403.17031 (the details that matter;
+         tests/methods/test_ppo_details.py says of each where it is).
 Rows     prompt.
 Models   policy (trained); reference (frozen; the policy with its adapter off under LoRA); value model (trained);
          reward. Without a value model (`value_model="none"`) it is REINFORCE++ (Hu et al. 2025, arXiv:2501.03262).

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from rlhf_nb.training.context import Context
 
 ADAM_EPS = 1e-5
-"""Huang et al. 2024, arXiv:2403.17031, detail 16: torch's 1e-8 lets the first steps of PPO jump."""
+"""Huang et al. 2024, arXiv:2403.17031: torch's 1e-8 lets the first steps of PPO jump."""
 
 
 class OnlineTrainer:

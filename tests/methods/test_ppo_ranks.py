@@ -181,7 +181,7 @@ def test_one_rank_s_exception_ends_all_quickly_with_its_message(ranks):
 
 
 def test_a_config_file_without_a_number_of_ranks_beside_it_is_refused():
-    with pytest.raises(SpecError, match="say it beside: --config_file my.yaml --num_processes 2"):
+    with pytest.raises(SpecError, match=r"say it beside: --config_file my\.yaml --num_processes 2"):
         Launch.parse("--config_file my.yaml")
     with pytest.raises(SpecError, match="close the quote"):
         Launch.parse("--config_file 'my.yaml")
