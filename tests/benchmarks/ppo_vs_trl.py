@@ -7,7 +7,8 @@ warms up, three count. Must: full parameters in fp32 at least 0.95 of TRL's spee
 
 The LoRA rows do less work than TRL's with LoRA, which trains a whole value model beside the adapter, and are another
 learner: two adapters on one backbone (must 1.2), the value head on the policy's trunk (must 1.7; peak memory above imports
-at most half). `--trl DIR` is a folder that `pip install --no-deps --target DIR trl==1.12.0` filled.
+at most half). `--trl DIR` is a folder that `pip install --no-deps --target DIR trl==1.12.0` filled. `--count` counts the
+multiplications of matrices and attention in a rollout instead, on both sides: whether it is the same work.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ MUST = {
 }
 
 
-def save_models(folder: Path, vocabulary: int) -> None:
+def save_models(folder: Path, vocabulary: int, layers: int = 6) -> None:
     """A word-level tokenizer, in which text and tokens are one to one, a policy and a reward model."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -55,7 +57,7 @@ def save_models(folder: Path, vocabulary: int) -> None:
     # The end token lies beyond the policy's vocabulary: no completion can have one.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="w0")
     shape = {
-        "hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 6, "num_attention_heads": 8,
+        "hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": layers, "num_attention_heads": 8,
         "num_key_value_heads": 8, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": None,
         "bos_token_id": None, "tie_word_embeddings": False,
     }  # fmt: skip
@@ -85,15 +87,26 @@ def memory(name: str) -> int:
 class Meter:
     """Seconds of each rollout, and the most memory above what was there when it was made."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: bool = False) -> None:
+        from torch.utils.flop_counter import FlopCounterMode
+
         Path("/proc/self/clear_refs").write_text("5")
         self.before = memory("VmRSS")
         self.marks = [time.perf_counter()]
+        self.counter = FlopCounterMode(display=False) if count else None
+        self.counted = [0]
+        if self.counter is not None:
+            self.counter.__enter__()
 
     def mark(self) -> None:
         self.marks.append(time.perf_counter())
+        if self.counter is not None:
+            self.counted.append(self.counter.get_total_flops())
 
     def found(self) -> dict[str, float]:
+        if self.counter is not None:
+            self.counter.__exit__(None, None, None)
+            return {"gflop": statistics.median(b - a for a, b in pairwise(self.counted[1:])) / 1e9}
         # The first rollout's time holds the loading of the models.
         seconds = [b - a for a, b in zip(self.marks[1:], self.marks[2:], strict=False)]
         return {"seconds": statistics.median(seconds), "memory": memory("VmHWM") - self.before}
@@ -124,7 +137,7 @@ def run_ours(asked: dict[str, Any]) -> dict[str, float]:
             adapter=LoRA(r=16, alpha=32) if asked.get("lora") else None, created=0.0,
         )
     )  # fmt: skip
-    meter = Meter()
+    meter = Meter(asked.get("count", False))
     write = EventWriter.write
 
     def written(self: EventWriter, event: Any) -> Any:
@@ -134,7 +147,10 @@ def run_ours(asked: dict[str, Any]) -> dict[str, float]:
 
     EventWriter.write = written  # type: ignore[method-assign]
     job.run(place.path, blobs=root, runs_root=root, rank=0, world_size=1, warm=False, attempt=1, resume_from=None)
-    return meter.found()
+    sampling = [
+        e.values["time/rollout_s"] for e in place.events() if e.kind == "metric" and "time/rollout_s" in e.values
+    ]
+    return {**meter.found(), "sampling": statistics.median(sampling[1:])}
 
 
 def run_trl(asked: dict[str, Any]) -> dict[str, float]:
@@ -149,7 +165,7 @@ def run_trl(asked: dict[str, Any]) -> dict[str, float]:
         raise RuntimeError(f"--trl {asked['trl']} holds trl {trl.__version__}, not 1.12.0")
     root = Path(asked["folder"])
     tokenizer = AutoTokenizer.from_pretrained(root / "policy", padding_side="left")
-    meter = Meter()
+    meter = Meter(asked.get("count", False))
 
     class Marks(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -191,6 +207,7 @@ def main() -> None:
     made.add_argument("--length", type=int, default=48, help="tokens of a completion (default 48)")
     made.add_argument("--rows", type=int, default=16, help="completions of a rollout (default 16)")
     made.add_argument("--vocabulary", type=int, default=8000)
+    made.add_argument("--count", action="store_true", help="count operations instead of seconds")
     made.add_argument("--only", choices=list(ROWS), action="append", help="only this row")
     made.add_argument("--arm", help="be one side of one row (used by this script)")
     args = made.parse_args()
@@ -212,6 +229,17 @@ def main() -> None:
         for name in wanted:
             ours, theirs = ROWS[name]
             say(name)
+            if args.count:
+                arms = {
+                    side: {**base, **more, "side": side, "count": True}
+                    for side, more in (("ours", ours), ("trl", theirs))
+                }
+                counted = {
+                    side: child("ppo_vs_trl.py", "--arm", json.dumps(arm))["gflop"] for side, arm in arms.items()
+                }
+                figures[name] = {f"{side}_gflop": count for side, count in counted.items()}
+                lines.append(f"{name}: ours {counted['ours']:.0f}, TRL {counted['trl']:.0f} GFLOP a rollout")
+                continue
             found = interleave(
                 repeats,
                 {

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SCRIPTS = ("import_cost", "first_metric", "overhead", "control_latency", "replay", "pixels", "ppo_vs_trl")
+SCRIPTS = (
+    "import_cost",
+    "first_metric",
+    "overhead",
+    "control_latency",
+    "replay",
+    "pixels",
+    "ppo_vs_trl",
+    "roofline",
+    "lora_learning",
+)
 
 
 @pytest.fixture
