@@ -51,6 +51,8 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.critic = policy, critic
         self.bf16 = precision == "bf16"
+        # What an FSDP plugin wraps one by one.
+        self._no_split_modules = getattr(policy, "_no_split_modules", None)
         self.value_head = None
         if width is None:
             return

@@ -37,6 +37,8 @@ class GradientNoise:
 
     def add(self) -> None:
         """Look at the gradient that is there now."""
+        if not self.parameters:
+            return
         now = torch.cat(
             [
                 (p.grad.flatten()[index] if p.grad is not None else torch.zeros(len(index), device=p.device)).float()

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor
 
 from rlhf_nb.errors import DataError, RewardError, SpecError
 from rlhf_nb.maths.controllers import RunningMoments, adapted_kl_coef
 from rlhf_nb.maths.masked import masked_sum
 from rlhf_nb.protocol.events import CoefficientChanged, ControlRefused
-from rlhf_nb.training import actor_critic, data, distributed, models, not_finite
+from rlhf_nb.training import actor_critic, data, distributed, models, not_finite, sharding
 from rlhf_nb.training.control import BoundCoefficient
 from rlhf_nb.training.gradient_noise import GradientNoise
 from rlhf_nb.training.judge import Judge
@@ -60,11 +61,15 @@ class OnlineTrainer:
         self.method, self.context, self.emit = method, context, context.emit
         self.accelerator = Accelerator(cpu=context.use_cpu)
         self.device = self.accelerator.device
+        self.sharded = sharding.accept(self.accelerator, method, context.spec)
         path = context.model_path(context.spec.policy)
         self.tokenizer = models.load_tokenizer(path, self.emit)
         self.module, self.reference = actor_critic.load(
             context, path, value_model=method.value_model, reference=method.reference, precision=method.precision
         )
+        if self.sharded:
+            # What stands on weights that are not sharded would keep them all.
+            self.reference.backbone = None
         max_length = models.max_length(path, method.max_length, self.emit)
         self._take_prompts(max_length)
         self.pretraining = Pretraining(self, max_length) if context.pretraining is not None else None
@@ -88,6 +93,8 @@ class OnlineTrainer:
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         # accelerate switches prepared modules to train mode.
         self.model.eval()
+        if self.sharded:
+            sharding.settle(self.model, self.device)
 
         self.moments = RunningMoments()
         self.step = 0
@@ -100,7 +107,8 @@ class OnlineTrainer:
         self.samples = SampleTable(self)
         self.reference_said = ReferenceSaid(self)
         self.report = Report(self)
-        self.noise = GradientNoise(trained)
+        # A rank sees its shard of a gradient only.
+        self.noise = GradientNoise([] if self.sharded else trained)
 
     def make_sampler(self, trunk: Any, head: Any, value_head: Any = None) -> TransformersSampler:
         return TransformersSampler(
@@ -164,12 +172,13 @@ class OnlineTrainer:
             self.step, self.rollouts = load_checkpoint(self.context.resume_from, self)
             self.checkpointed = self.step
         while self._goes_on(new_rollout=True):
-            rollout, seconds = self.collect()
-            if self._good_enough(rollout):
-                break
-            credit = self.method.credit(rollout, self.live)
-            self.report.rollout(rollout, credit, seconds)
-            self.doctor.look(rollout)
+            with sharding.gathered(self.module):
+                rollout, seconds = self.collect()
+                if self._good_enough(rollout):
+                    break
+                credit = self.method.credit(rollout, self.live)
+                self.report.rollout(rollout, credit, seconds)
+                self.doctor.look(rollout)
             self._between_rollouts, held, updating_s = False, False, 0.0
             for index, (minibatch, tokens) in enumerate(self.minibatches(rollout, credit)):
                 if index and not self._goes_on(new_rollout=False):
@@ -190,7 +199,8 @@ class OnlineTrainer:
             if held:
                 self._between_rollouts = True
                 continue
-            self.report.update(rollout, updating_s)
+            with sharding.gathered(self.module):
+                self.report.update(rollout, updating_s)
             self._control_kl(rollout)
             if self.method.reference == "ema":
                 self.reference.follow(self.module.policy, self.method.reference_decay)
@@ -262,23 +272,29 @@ class OnlineTrainer:
     def _serve(self) -> None:
         """Answer what was asked for: samples at any boundary, checkpoints between rollouts."""
         loop = self.context.control
-        requests = list(loop.sample_requests)
-        loop.sample_requests.clear()
-        for request in requests:
-            self.samples.answer(request)
-        previews = list(loop.preview_requests)
-        loop.preview_requests.clear()
-        for preview in previews:
-            if self.context.is_main:
-                try:
-                    self.emit.event(answer_preview(self, preview))
-                except RewardError as error:
-                    # Only looked at: the same fault in a rollout ends the run.
-                    reason = str(error).splitlines()[0]
-                    self.emit.event(ControlRefused(id=preview.id, op=preview.op, reason=reason))
+        if loop.sample_requests or loop.preview_requests:
+            with sharding.gathered(self.module):
+                self._answer()
         if loop.checkpoint_requested and self._between_rollouts:
             loop.checkpoint_requested.clear()
             self.save_checkpoint()
+
+    def _answer(self) -> None:
+        loop = self.context.control
+        requests, previews = list(loop.sample_requests), list(loop.preview_requests)
+        loop.sample_requests.clear()
+        loop.preview_requests.clear()
+        for request in requests:
+            self.samples.answer(request)
+        if not self.context.is_main:
+            return
+        for preview in previews:
+            try:
+                self.emit.event(answer_preview(self, preview))
+            except RewardError as error:
+                # Only looked at: the same fault in a rollout ends the run.
+                reason = str(error).splitlines()[0]
+                self.emit.event(ControlRefused(id=preview.id, op=preview.op, reason=reason))
 
     def _checkpoint_when_due(self) -> None:
         every = self.method.checkpoint_every
@@ -434,6 +450,16 @@ class OnlineTrainer:
     def micro(self, rows: int) -> int:
         return min(self.method.micro_batch_size or rows, rows)
 
+    def shares(self, rows: int) -> list[tuple[Tensor, bool]]:
+        """Micro-batches of this rank's rows, and whether they count.
+
+        Sharded weights are gathered by all ranks together: one that has fewer micro-batches goes through its first
+        again, for nothing.
+        """
+        parts = torch.arange(rows, device=self.device).split(self.micro(rows))
+        missing = max(distributed.gather_objects(len(parts))) - len(parts) if self.sharded else 0
+        return [(part, True) for part in parts] + [(parts[0], False)] * missing
+
     def update(self, batch: Minibatch, tokens: int, temperature: float, *, as_sampled: bool) -> dict[str, float]:
         """One optimizer step on the token mean over the global minibatch.
 
@@ -450,16 +476,17 @@ class OnlineTrainer:
         if self.pretraining is not None and self.live.ptx_coef > 0:
             with self.accelerator.no_sync(self.model):
                 pretraining = self.pretraining.backward()
-        parts = torch.arange(len(batch.mask_BT), device=self.device).split(self.micro(len(batch.mask_BT)))
+        parts = self.shares(len(batch.mask_BT))
         # transformers checkpoints activations in train mode only; there is no dropout left that it could turn on.
         self.model.train(self.method.gradient_checkpointing)
-        for index, rows in enumerate(parts):
+        for index, (rows, counts) in enumerate(parts):
             part = batch.rows(rows).trimmed()
+            kept = sums if counts else None
             if index + 1 < len(parts):
                 with self.accelerator.no_sync(self.model):
-                    self._backward(part, tokens, temperature, sums, as_sampled)
+                    self._backward(part, tokens, temperature, kept, as_sampled)
             else:
-                self._backward(part, tokens, temperature, sums, as_sampled)
+                self._backward(part, tokens, temperature, kept, as_sampled)
         self.model.eval()
         metrics = self._reduce(sums, tokens)
         if pretraining is not None:
@@ -474,19 +501,23 @@ class OnlineTrainer:
         self.emit.metric(self.step, metrics)
         every = self.method.sample_every
         if every and self.step % every == 0:
-            self.samples.periodic()
+            with sharding.gathered(self.module):
+                self.samples.periodic()
         return metrics
 
     def _backward(
-        self, part: Minibatch, tokens: int, temperature: float, sums: dict[str, Tensor], as_sampled: bool
+        self, part: Minibatch, tokens: int, temperature: float, sums: dict[str, Tensor] | None, as_sampled: bool
     ) -> None:
+        """Add a micro-batch's gradient, and its sums; without `sums` it goes through and counts for nothing."""
         outputs = self._outputs(part, temperature)
         losses = self.method.loss(part, outputs, self.live)
         if as_sampled:
             losses.metrics["rollout/logprob_mismatch"] = (outputs.logprobs_BT - part.sampler_logprobs_BT).abs()
         # Gradients are averaged over ranks: times the world size, they become the sum that a token mean needs.
-        scale = self.context.world_size / tokens
+        scale = self.context.world_size / tokens if sums is not None else 0.0
         self.accelerator.backward(masked_sum(losses.loss_BT, part.mask_BT) * scale)
+        if sums is None:
+            return
         for name, values in losses.metrics.items():
             total = masked_sum(values.detach().to(losses.loss_BT.dtype), part.mask_BT)
             sums[name] = sums.get(name, 0) + total
@@ -524,18 +555,25 @@ class OnlineTrainer:
         norms = []
         for group in self.module.groups():
             limit = self.method.max_grad_norm or float("inf")
-            norms.append(torch.nn.utils.clip_grad_norm_(group, limit))
+            norms.append(sharding.whole(torch.nn.utils.clip_grad_norm_(group, limit)))
         return torch.stack(norms).norm().item()
 
     # --- the model --------------------------------------------------------------------------------------------------
 
     def save_model(self, directory: str) -> None:
         """The policy alone, for plain transformers. An adapter is merged in, and kept beside in `adapter/`."""
+        policy: Any = self.module.policy
+        weights = (
+            {name: sharding.whole(tensor) for name, tensor in policy.state_dict().items()} if self.sharded else None
+        )
         if not self.context.is_main:
             return
-        policy: Any = self.module.policy
         if self.context.spec.adapter is not None:
-            policy.save_pretrained(str(Path(directory) / "adapter"))
+            adapter = Path(directory) / "adapter"
+            policy.save_pretrained(str(adapter), state_dict=weights)
+            if self.sharded:
+                base = models.load_model(self.context.model_path(self.context.spec.policy))
+                policy, weights = PeftModel.from_pretrained(base, str(adapter)), None
             policy = policy.merge_and_unload()
-        policy.save_pretrained(directory)
+        policy.save_pretrained(directory, state_dict=weights)
         self.tokenizer.save_pretrained(directory)

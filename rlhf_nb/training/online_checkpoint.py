@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from rlhf_nb.compute.rundir import storage_errors
 from rlhf_nb.errors import ComputeError
 from rlhf_nb.protocol.events import CheckpointSaved
-from rlhf_nb.training import checkpoints, distributed
+from rlhf_nb.training import checkpoints, distributed, sharding
 
 if TYPE_CHECKING:
     from rlhf_nb.training.online import OnlineTrainer
@@ -32,16 +32,22 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         with storage_errors(scratch):
             scratch.mkdir(parents=True)
+    # Only what trains: the rest is read from where the policy came from.
+    trained = {n: p for n, p in trainer.module.named_parameters() if p.requires_grad}
+    weights = {n: sharding.whole(p.detach()).cpu() for n, p in trained.items()}
+    optimizer = (
+        sharding.optimizer_state(trainer.module, trainer.optimizer.optimizer)
+        if trainer.sharded
+        else trainer.optimizer.state_dict()
+    )
     distributed.barrier()
     with storage_errors(scratch):
         torch.save(_generators(), scratch / f"generators-{trainer.context.rank}.pt")
         if said := trainer.reference_said.state():
             (scratch / f"reference-said-{trainer.context.rank}.json").write_text(json.dumps(said), encoding="utf-8")
         if trainer.context.is_main:
-            # Only what trains: the rest is read from where the policy came from.
-            weights = {n: p.detach().cpu() for n, p in trainer.module.named_parameters() if p.requires_grad}
             save_file(weights, scratch / "trained.safetensors")
-            torch.save(trainer.optimizer.state_dict(), scratch / "optimizer.pt")
+            torch.save(optimizer, scratch / "optimizer.pt")
             if trainer.method.reference == "ema":
                 save_file({n: p.detach().cpu() for n, p in trainer.reference.state().items()}, scratch / REFERENCE)
             counters: dict[str, Any] = {
@@ -72,10 +78,13 @@ def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
     if weights.keys() != trained.keys():
         odd = sorted(weights.keys() ^ trained.keys())
         raise ComputeError(f"{path.name} holds other weights than this run trains ({odd[0]}); start the run anew")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-    trainer.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    for name, parameter in trained.items():
+        sharding.put(parameter, weights[name])
+    optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    if trainer.sharded:
+        sharding.load_optimizer_state(trainer.module, trainer.optimizer.optimizer, optimizer)
+    else:
+        trainer.optimizer.load_state_dict(optimizer)
     generators = path / f"generators-{trainer.context.rank}.pt"
     if generators.exists():
         _restore(torch.load(generators, weights_only=True))

@@ -45,12 +45,13 @@ class Pretraining:
         lengths_B = torch.tensor([len(ids) for ids in mine], device=trainer.device)
         seen_BL = torch.arange(width, device=trainer.device) < lengths_B[:, None]
         loss = tokens_BL.new_zeros((), dtype=torch.float32)
-        for rows in torch.arange(len(mine), device=trainer.device).split(trainer.micro(len(mine))):
+        for rows, counts in trainer.shares(len(mine)):
             # The first token of a row is given: nothing predicts it.
             logprobs_BT, _, _ = trainer.model(
                 tokens_BL[rows], seen_BL[rows], seen_BL[rows, 1:], with_values=False, with_entropy=False
             )
             part = -masked_sum(logprobs_BT, seen_BL[rows, 1:]) / tokens
-            trainer.accelerator.backward(trainer.live.ptx_coef * trainer.context.world_size * part)
-            loss = loss + part.detach()
+            weight = trainer.live.ptx_coef if counts else 0.0
+            trainer.accelerator.backward(weight * trainer.context.world_size * part)
+            loss = loss + part.detach() * counts
         return loss

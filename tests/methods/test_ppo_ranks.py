@@ -67,6 +67,13 @@ if asked.get("rollout"):
         return clip(self)
     online.OnlineTrainer._clip = kept
 
+train = online.OnlineTrainer.train
+def counted(self):
+    from torch.distributed.tensor import DTensor
+    (place / f"shards-{rank}").write_text(str(sum(isinstance(p, DTensor) for p in self.module.parameters())))
+    train(self)
+online.OnlineTrainer.train = counted
+
 resume_from = Path(asked["resume_from"]) if asked.get("resume_from") else None
 job.run(place, blobs=place.parent, runs_root=place.parent, rank=rank, world_size=int(os.environ.get("WORLD_SIZE", "1")),
         warm=False, attempt=2 if resume_from else 1, resume_from=resume_from)
@@ -202,3 +209,71 @@ def test_an_accelerate_config_file_launches_it_too(ranks):
     ranks(two)
     assert two.events()[0].world_size == 2
     same(one, two, rel=2e-3, abs=2e-5)
+
+
+FSDP = """compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+num_processes: 2
+num_machines: 1
+machine_rank: 0
+main_process_port: 0
+mixed_precision: 'no'
+use_cpu: false
+rdzv_backend: static
+same_network: true
+fsdp_config:
+  fsdp_version: {version}
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_offload_params: false
+"""
+
+
+def without_snr(row: dict[str, float]) -> dict[str, float]:
+    """A rank that sees a shard of each gradient says nothing of its noise."""
+    return {k: v for k, v in row.items() if k != "optimizer/gradient_snr"}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "adapter"),
+    [({}, None), ({"value_model": "policy_trunk"}, LoRA(r=4)), ({"value_model": "none"}, None)],
+    ids=["full", "lora", "light"],
+)
+def test_weights_sharded_over_two_ranks_train_as_whole_ones_do(ranks, knobs, adapter):
+    config = ranks.job.root / "fsdp.yaml"
+    config.write_text(FSDP.format(version=2))
+    knobs = {**knobs, "max_steps": 8, "checkpoint_every": 3, "sample_every": 4, "micro_batch_size": 1}
+    one = ranks.prepare("one", 1, spec={"adapter": adapter}, **knobs)
+    two = ranks.prepare("two", 2, spec={"adapter": adapter}, flags=f"--config_file {config} --num_processes 2", **knobs)
+    ranks.job.run(one)
+    ranks(two)
+    assert two.events()[0].world_size == 2
+    assert min(int((two.path / f"shards-{rank}").read_text()) for rank in (0, 1)) > 10
+    left, right = ([without_snr(row) for row in numbers(place)] for place in (one, two))
+    for a, b in zip(left, right, strict=True):
+        assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
+    first, second = (load_file(place.model / "model.safetensors") for place in (one, two))
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=0, atol=2e-3)
+    # A checkpoint of a sharded run is whole, and is gone on from.
+    before = numbers(two)
+    ranks(two, resume_from=str(checkpoints.directory(two.path, 6)))
+    for a, b in zip(before, numbers(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("version", "knobs", "adapter", "reason"),
+    [
+        (1, {}, None, "use fsdp_version 2, or --multi_gpu"),
+        (2, {}, LoRA(r=4), "use value_model=policy_trunk"),
+        (2, {"reference": "ema"}, None, "use reference=frozen"),
+    ],
+)
+def test_a_sharding_that_the_loop_cannot_follow_is_refused_in_one_line(ranks, version, knobs, adapter, reason):
+    config = ranks.job.root / "fsdp.yaml"
+    config.write_text(FSDP.format(version=version))
+    flags = f"--config_file {config} --num_processes 2"
+    place = ranks.prepare("two", 2, spec={"adapter": adapter}, flags=flags, **knobs)
+    assert reason in ranks(place, fails=True)

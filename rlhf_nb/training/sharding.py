@@ -1,0 +1,128 @@
+"""Weights that the launch shards over the ranks (FSDP2). For everything but the update they are put together again.
+
+Sampling token by token with sharded weights would gather every layer at every token, and ranks whose completions end
+early would leave the others waiting. So between updates each rank holds the policy whole; gradients, optimizer state
+and, during the update, weights stay sharded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+
+from rlhf_nb.errors import SpecError
+
+if TYPE_CHECKING:
+    from rlhf_nb.methods.ppo import PPO
+    from rlhf_nb.protocol.spec import RunSpec
+
+WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def accept(accelerator: Accelerator, method: PPO, spec: RunSpec) -> bool:
+    """Whether weights are sharded. Call it before any model is loaded.
+
+    Raises:
+        SpecError: They are in a way that the loop cannot follow.
+    """
+    kind = accelerator.distributed_type
+    on_cpu = kind == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if kind in WHOLE and not on_cpu:
+        return False
+    if not (on_cpu or kind == DistributedType.FSDP) or os.environ.get("FSDP_VERSION") != "2":
+        raise SpecError(
+            f"launch: {'FSDP 1' if on_cpu or kind == DistributedType.FSDP else kind.value} shards weights in a way that "
+            f"sampling cannot follow; use fsdp_version 2, or --multi_gpu"
+        )
+    if on_cpu:
+        # accelerate takes FSDP for accelerators only: on a CPU it says nothing and shards nothing.
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
+    if spec.adapter is not None and method.value_model == "own":
+        raise SpecError(
+            f"{method.name}: value_model=own stands on the policy's weights under an adapter, and FSDP shards no "
+            f"weight for two; use value_model=policy_trunk"
+        )
+    if method.reference == "ema":
+        raise SpecError(
+            f"{method.name}: reference=ema averages whole models and FSDP shards them; use reference=frozen"
+        )
+    # Else transformers would load real weights on rank 0 only, also for the reference, which is nobody's shard.
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    return True
+
+
+def settle(module: nn.Module, device: torch.device) -> None:
+    """After sharding and before any other use. All ranks call it together."""
+    from torch.distributed.fsdp import FSDPModule
+
+    # The first forward settles which module is the root, and that must be the whole.
+    probe = torch.zeros(1, 2, dtype=torch.long, device=device)
+    seen = torch.ones_like(probe, dtype=torch.bool)
+    with torch.no_grad():
+        module(probe, seen, seen[:, 1:])
+    if isinstance(module, FSDPModule):
+        # The root's own weights stay whole after a forward.
+        module.reshard()
+    # Said outright: the default is the reverse of the forwards so far, and ranks decode different numbers of tokens.
+    shards = [each for each in module.modules() if isinstance(each, FSDPModule) and each is not module]
+    for index, each in enumerate(shards):
+        each.set_modules_to_backward_prefetch([shards[max(index - 1, 0)]])
+    if isinstance(module, FSDPModule) and shards:
+        module.set_modules_to_backward_prefetch([shards[-1]])
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Every weight whole on every rank; nothing where they are whole anyway. All ranks enter it together."""
+    from torch.distributed.fsdp import FSDPModule
+
+    shards = [each for each in module.modules() if isinstance(each, FSDPModule)]
+    for each in shards:
+        each.set_reshard_after_forward(False, recurse=False)
+        each.unshard()
+    try:
+        yield
+    finally:
+        for each in shards:
+            each.reshard()
+            each.set_reshard_after_forward(each is not module, recurse=False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together; any other as it is. All ranks call it together."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def put(there: Tensor, values: Tensor) -> None:
+    """Write a whole tensor into one that may be sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(there, DTensor):
+        values = distribute_tensor(values.to(there.device), there.device_mesh, there.placements)
+    there.copy_(values)
+
+
+def optimizer_state(module: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Whole, on the CPU, by parameter name."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_optimizer_state_dict(module, optimizer, options=options)
+
+
+def load_optimizer_state(module: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    set_optimizer_state_dict(module, optimizer, state, options=StateDictOptions(full_state_dict=True))
