@@ -44,8 +44,9 @@ class Fit:
     residual: float
     """Root mean square of what the fit leaves, unit of the reward."""
     n: int
+    nearest: float
     furthest: float
-    """The largest d that was fitted, √nats: what lies beyond it is extrapolated."""
+    """The smallest and the largest d that were fitted, √nats: what lies outside is extrapolated."""
 
     def reward(self, distance: ArrayLike) -> np.ndarray:
         """R(d), shape of `distance`; 0 at d = 0."""
@@ -72,11 +73,16 @@ class Fit:
             return f"no peak: a={self.a:.3g} is not above 0, the reward falls from the start"
         return ""
 
+    @property
+    def peak_within(self) -> bool:
+        """Whether there is a peak, and it lies among the points that were fitted."""
+        return self.peak is not None and self.nearest <= self.peak.distance <= self.furthest
+
     def __str__(self) -> str:
         law = "d·(a − b·log d)" if self.form == "reinforcement_learning" else "d·(a − b·d)"
         peak = self.no_peak or f"d*={self.peak.distance:.3g}, R(d*)={self.peak.reward:.3g}"  # type: ignore[union-attr]
-        beyond = " (beyond the data)" if self.peak is not None and self.peak.distance > self.furthest else ""
-        return f"R = {law}, a={self.a:.3g}, b={self.b:.3g}, n={self.n}; {peak}{beyond}"
+        outside = " (outside the data)" if self.peak is not None and not self.peak_within else ""
+        return f"R = {law}, a={self.a:.3g}, b={self.b:.3g}, n={self.n}; {peak}{outside}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def fit(distance: ArrayLike, reward: ArrayLike, form: Form) -> Fit:
     x = _design(d, form)
     (a, b), *_ = np.linalg.lstsq(x, r, rcond=None)
     residual = float(np.sqrt(np.mean((r - x @ (a, b)) ** 2)))
-    return Fit(form, float(a), float(b), residual, len(d), float(d.max()))
+    return Fit(form, float(a), float(b), residual, len(d), float(d.min()), float(d.max()))
 
 
 def fit_over_seeds(

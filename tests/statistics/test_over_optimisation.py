@@ -23,7 +23,9 @@ FORMS = sorted(LAWS)
 def test_planted_coefficients_are_recovered_exactly(form, a, b):
     found = fit(DISTANCES, LAWS[form](DISTANCES, a, b), form)
     assert (found.a, found.b) == pytest.approx((a, b), abs=1e-12)
-    assert found.residual == pytest.approx(0, abs=1e-12) and found.n == 6 and found.furthest == 4.0
+    assert (
+        found.residual == pytest.approx(0, abs=1e-12) and found.n == 6 and (found.nearest, found.furthest) == (0.2, 4.0)
+    )
     np.testing.assert_allclose(found.reward(DISTANCES), LAWS[form](DISTANCES, a, b), atol=1e-12)
 
 
@@ -31,12 +33,12 @@ def test_worked_example():
     # d = 1, 2, 4 and R = d(1 − 0.25d): 0.75, 1, 0; highest at a/(2b) = 2, where R = a²/(4b) = 1.
     found = fit([1, 2, 4], [0.75, 1.0, 0.0], "best_of_n")
     assert (found.a, found.b, found.peak.distance, found.peak.reward) == pytest.approx((1, 0.25, 2, 1))
-    assert "d*=2, R(d*)=1" in str(found) and "beyond" not in str(found)
+    assert "d*=2, R(d*)=1" in str(found) and "outside" not in str(found)
 
 
 @pytest.mark.parametrize(("form", "a", "b"), [("reinforcement_learning", 0.9, 0.6), ("best_of_n", 0.9, 0.6)])
 def test_the_peak_is_where_the_curve_is_highest(form, a, b):
-    found = Fit(form, a, b, residual=0.0, n=6, furthest=4.0)
+    found = Fit(form, a, b, residual=0.0, n=6, nearest=0.2, furthest=4.0)
     expected = math.exp(a / b - 1) if form == "reinforcement_learning" else a / (2 * b)
     grid = np.linspace(1e-3, 4, 400_001)
     assert found.peak.distance == pytest.approx(expected)
@@ -52,21 +54,25 @@ def test_at_the_reference_the_reward_is_zero(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("b", [-0.1, 0.0])
 def test_without_a_bend_there_is_no_peak_and_it_says_so(form, b):
-    found = Fit(form, a=0.5, b=b, residual=0.0, n=6, furthest=4.0)
+    found = Fit(form, a=0.5, b=b, residual=0.0, n=6, nearest=0.2, furthest=4.0)
     assert found.peak is None and "does not bend down" in str(found)
 
 
 def test_a_best_of_n_reward_that_falls_from_the_start_has_no_peak():
-    found = Fit("best_of_n", a=-0.1, b=0.2, residual=0.0, n=6, furthest=2.0)
+    found = Fit("best_of_n", a=-0.1, b=0.2, residual=0.0, n=6, nearest=0.2, furthest=2.0)
     assert found.peak is None and "falls from the start" in str(found)
     # With the logarithm there is always a rise near 0, however short.
-    assert Fit("reinforcement_learning", -0.1, 0.2, 0.0, 6, 2.0).peak.distance == pytest.approx(math.exp(-1.5))
+    assert Fit("reinforcement_learning", -0.1, 0.2, 0.0, 6, 0.2, 2.0).peak.distance == pytest.approx(math.exp(-1.5))
 
 
-def test_a_peak_beyond_the_data_says_that_it_is():
-    found = fit([0.1, 0.2, 0.3], LAWS["best_of_n"](np.array([0.1, 0.2, 0.3]), 1.0, 0.5), "best_of_n")
-    assert found.peak.distance == pytest.approx(1.0) and "beyond the data" in str(found)
-    assert Fit("reinforcement_learning", 1.0, 1e-4, 0.0, 6, 2.0).peak.distance == math.inf
+@pytest.mark.parametrize("points", [[0.1, 0.2, 0.3], [2.0, 3.0, 4.0]])
+def test_a_peak_outside_the_data_says_that_it_is(points):
+    found = fit(points, LAWS["best_of_n"](np.array(points), 1.0, 0.5), "best_of_n")
+    assert found.peak.distance == pytest.approx(1.0) and not found.peak_within and "outside the data" in str(found)
+
+
+def test_a_peak_too_far_for_a_float_lies_at_infinity():
+    assert Fit("reinforcement_learning", 1.0, 1e-4, 0.0, 6, 0.2, 2.0).peak.distance == math.inf
 
 
 @pytest.mark.parametrize(

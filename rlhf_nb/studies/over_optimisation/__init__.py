@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_nb.errors import DataError
 
 if TYPE_CHECKING:
+    from rlhf_nb.stages.tables import Table
+    from rlhf_nb.statistics.intervals import Estimate
     from rlhf_nb.statistics.over_optimisation import FitOverSeeds
 
 Reward = Literal["proxy", "true"]
@@ -138,3 +140,78 @@ def last_points(results: dict[str, Any], setting: Setting) -> dict[str, list[flo
             for name, value in (("distance", distance[-1]), ("proxy", proxy[-1]), ("true", true[-1])):
                 found[name].append(value)
     return found
+
+
+def ends_table(results: dict[str, Any]) -> Table:
+    """Where each setting ended: mean over seeds with Student's 95 % interval."""
+    from rlhf_nb.stages.tables import Table
+    from rlhf_nb.statistics.intervals import mean
+
+    rows = []
+    for setting in settings():
+        ends = last_points(results, setting)
+        runs = [run for of_seed in results["seeds"] for run in of_seed["ppo"] if run["kl_coef"] == setting.kl_coef]
+        rows.append(
+            {
+                "at the end of": setting.name if setting.kl_coef is not None else f"best of {BEST_OF[-1]}",
+                "√KL (√nats)": _told(mean(ends["distance"]))
+                if setting.kl_coef is not None
+                else f"≤ {ends['distance'][0]:.2f}",
+                "proxy (std)": _told(mean(ends["proxy"])),
+                "true (0 to 1)": _told(mean(ends["true"])),
+                "seeds": len(ends["true"]),
+                "failed": sum(run["state"] != "finished" for run in runs),
+            }
+        )
+    start = mean([of_seed["start"]["true"] for of_seed in results["seeds"]])
+    accuracy = mean([of_seed["proxy"]["accuracy"] for of_seed in results["seeds"]])
+    longer = mean([of_seed["proxy"]["longer_accuracy"] for of_seed in results["seeds"]])
+    lines = [
+        "Change from toy-sft, mean [95 % interval] over seeds.",
+        f"The true reward of toy-sft is {start.value:.3f}.",
+        f"Of held-out pairs the proxies get {_told(accuracy)} right, picking the longer {_told(longer)}.",
+    ]
+    return Table(list(rows[0]), rows, lines=lines)
+
+
+def fits_table(results: dict[str, Any]) -> Table:
+    """The fits, with 95 % percentile intervals over resampled seeds."""
+    from rlhf_nb.stages.tables import Table
+
+    rows = []
+    rewards: tuple[Reward, ...] = ("true", "proxy")
+    for reward in rewards:
+        for setting in settings():
+            found = fits(results, setting, reward)
+            rows.append(
+                {
+                    "reward": reward,
+                    "setting": setting.name,
+                    "a": _told(found.a),
+                    "b": _told(found.b),
+                    "d* (√nats)": _told_peak(found),
+                    "R(d*)": _told(found.peak_reward) if found.peak_reward and found.fit.peak_within else "",
+                    "rms": round(found.fit.residual, 3),
+                }
+            )
+    lines = [
+        "R = d·(a − b·log d) for PPO, d·(a − b·d) for best-of-n; [95 % over resampled seeds], too narrow with so few."
+    ]
+    return Table(list(rows[0]), rows, lines=lines)
+
+
+def _told_peak(found: FitOverSeeds) -> str:
+    """d*, where it lies among the data: what a fit says outside them is no result."""
+    peak, nearest, furthest = found.peak_distance, found.fit.nearest, found.fit.furthest
+    if peak is None:
+        return "none: b ≤ 0" if found.fit.b <= 0 else "none: a ≤ 0"
+
+    def told(d: float) -> str:
+        return f"< {nearest:.2g}" if d < nearest else f"> {furthest:.2g}" if d > furthest else f"{d:.3g}"
+
+    return f"{told(peak.value)} [{told(peak.interval.low)}, {told(peak.interval.high)}]"
+
+
+def _told(estimate: Estimate) -> str:
+    value, low, high = (f"{x:.3g}" for x in (estimate.value, estimate.interval.low, estimate.interval.high))
+    return f"{value} [{low}, {high}]".replace("-", "−").replace("inf", "∞")
