@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import beta, norm
+from scipy.stats import t as student
 
 from rlhf_nb.errors import ShapeError
 
@@ -72,6 +73,23 @@ def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
     low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, n - successes + 1))
     high = 1.0 if successes == n else float(beta.ppf(1 - tail, successes + 1, n - successes))
     return Interval(low, high, level)
+
+
+def mean(values: Sequence[float], *, level: float = 0.95) -> Estimate:
+    """Mean of few values, one a seed, with Student's t interval (1908): exact where they are normal.
+
+    Args:
+        values: (N,), any unit.
+
+    Raises:
+        ShapeError: Fewer than 2 values, which have no spread, or one that is not finite.
+    """
+    found = np.asarray(values, dtype=float)
+    if found.size < 2 or not np.isfinite(found).all():
+        raise ShapeError(f"values={list(values)}: an interval of a mean needs at least 2 finite values")
+    centre = float(found.mean())
+    half = float(student.ppf(0.5 + level / 2, found.size - 1) * found.std(ddof=1) / np.sqrt(found.size))
+    return Estimate(centre, Interval(centre - half, centre + half, level), found.size)
 
 
 def paired_difference(

@@ -24,6 +24,12 @@ class Line:
     faint: bool = False
     dots: str = ""
     """"", "filled" or "hollow"."""
+    marker: str = "circle"
+    """The shape of its dots: circle, square, triangle, diamond or down."""
+    size: float = 3.0
+    """Half a dot's width, pixels."""
+    joined: bool = True
+    """Draw the path through the points."""
 
 
 @dataclass
@@ -91,13 +97,12 @@ class Plot:
         style = f'stroke="{line.colour}" stroke-width="{1 if line.faint or line.dots else 2}"'
         style += ' stroke-opacity="0.3"' if line.faint else ""
         style += ' stroke-dasharray="5 3"' if line.dashed else ""
-        out = f'<path d="{path}" fill="none" {style} stroke-linejoin="round"/>'
+        out = f'<path d="{path}" fill="none" {style} stroke-linejoin="round"/>' if line.joined else ""
         if line.dots:
             fill = line.colour if line.dots == "filled" else "#ffffff"
-            out += "".join(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{fill}" stroke="{line.colour}" stroke-width="1.5"/>'
-                for x, y in pixels
-            )
+            look = f'fill="{fill}" stroke="{line.colour}" stroke-width="1.5"'
+            look += ' opacity="0.35"' if line.faint else ""
+            out += "".join(dot(line.marker, x, y, line.size, look) for x, y in pixels)
         elif len(pixels) == 1:
             out += f'<circle cx="{pixels[0][0]:.1f}" cy="{pixels[0][1]:.1f}" r="2.5" fill="{line.colour}"/>'
         return out
@@ -118,7 +123,7 @@ class Plot:
             dash = ' stroke-dasharray="5 3"' if line.dashed else ""
             out.append(
                 f'<path d="M{left + 8:.1f} {y - 8:.1f}h18" stroke="{line.colour}" stroke-width="2"{dash}/>'
-                f'<circle cx="{left + 17:.1f}" cy="{y - 8:.1f}" r="3" fill="{fill}" stroke="{line.colour}"/>'
+                + dot(line.marker, left + 17, y - 8, 3, f'fill="{fill}" stroke="{line.colour}"')
             )
             out.append(text(left + 32, y - 4, line.label))
         if told:
@@ -126,6 +131,21 @@ class Plot:
             out.append(f'<path d="M{left + 17:.1f} {y - 13:.1f}l5 5l-5 5l-5 -5z" fill="{ORANGE}"/>')
             out.append(text(left + 32, y - 4, "a coefficient was moved"))
         return "".join(out)
+
+
+def dot(marker: str, x: float, y: float, size: float, look: str) -> str:
+    """A mark of about the same area whatever its shape: the shape tells series apart where colour cannot."""
+    if marker == "circle":
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:g}" {look}/>'
+    side = size * 0.9
+    corners = {
+        "square": f"M{x - side:.1f} {y - side:.1f}h{2 * side:.1f}v{2 * side:.1f}h{-2 * side:.1f}z",
+        "triangle": f"M{x:.1f} {y - 1.2 * size:.1f}L{x + 1.2 * size:.1f} {y + size:.1f}H{x - 1.2 * size:.1f}z",
+        "down": f"M{x:.1f} {y + 1.2 * size:.1f}L{x + 1.2 * size:.1f} {y - size:.1f}H{x - 1.2 * size:.1f}z",
+        "diamond": f"M{x:.1f} {y - 1.3 * size:.1f}L{x + 1.3 * size:.1f} {y:.1f}L{x:.1f} {y + 1.3 * size:.1f}"
+        f"L{x - 1.3 * size:.1f} {y:.1f}z",
+    }
+    return f'<path d="{corners[marker]}" {look}/>'
 
 
 def text(

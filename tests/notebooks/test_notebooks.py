@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from rlhf_nb.studies import over_optimisation as study
+
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -46,6 +48,17 @@ def test_real_preferences_run_on_hh_harmless(tmp_path, monkeypatch, shared_data)
     value, low, high, shorter = map(float, accuracy.groups())
     assert low < value < high and shorter == pytest.approx(0.559, abs=0.001), "the null depends on the pairs alone"
     assert "log_ratio/margin" in said and "after:" in said
+
+
+def test_the_tether_is_steered_and_the_committed_study_drawn(tmp_path, monkeypatch):
+    texts = run("02_ppo_and_the_tether.ipynb", tmp_path, monkeypatch)
+    assert "kl_coef" in texts['run.set("kl_coef", 0.1, why="a shorter tether").wait(timeout=300)']
+    (preview,) = (text for text in texts.values() if "it would settle at" in text)
+    assert preview.count("of 16 completions a prompt") == 4
+    ends, fits = texts["study.ends_table(results)"], texts["study.fits_table(results)"]
+    for setting in study.settings():
+        assert setting.name in fits and (setting.kl_coef is None or setting.name in ends)
+    assert "best of 64" in ends and "95 %" in fits
 
 
 def test_chapters_are_numbered_and_end_with_something_to_change():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binom, binomtest
+from scipy.stats import binom, binomtest, ttest_1samp
 
 from rlhf_nb.errors import ShapeError
-from rlhf_nb.statistics.intervals import clopper_pearson, paired_difference, wilson
+from rlhf_nb.statistics.intervals import clopper_pearson, mean, paired_difference, wilson
 
 
 def test_wilson_worked_example():
@@ -84,3 +84,17 @@ def test_unpaired_scores_are_refused():
 
 def test_an_estimate_reads_as_a_line():
     assert str(paired_difference([1, 1], [0, 0])) == "1.000 [1.000, 1.000] n=2"
+
+
+def test_the_interval_of_a_mean_matches_scipy():
+    values = [0.31, 0.27, 0.4, 0.22, 0.35]
+    theirs = ttest_1samp(values, 0).confidence_interval(0.95)
+    found = mean(values)
+    assert (found.value, found.n) == (pytest.approx(0.31), 5)
+    assert (found.interval.low, found.interval.high) == pytest.approx((theirs.low, theirs.high))
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, float("nan")]])
+def test_a_mean_without_spread_has_no_interval(values):
+    with pytest.raises(ShapeError, match="at least 2 finite"):
+        mean(values)
