@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 
@@ -59,9 +58,9 @@ ADAM_EPS = 1e-5
 class OnlineTrainer:
     def __init__(self, method: PPO, context: Context) -> None:
         self.method, self.context, self.emit = method, context, context.emit
-        self.accelerator = Accelerator(cpu=context.use_cpu)
+        self.accelerator = sharding.accelerator(context.use_cpu, method, context.spec)
         self.device = self.accelerator.device
-        self.sharded = sharding.accept(self.accelerator, method, context.spec)
+        self.sharded = self.accelerator.is_fsdp2
         path = context.model_path(context.spec.policy)
         self.tokenizer = models.load_tokenizer(path, self.emit)
         self.module, self.reference = actor_critic.load(

@@ -26,25 +26,30 @@ if TYPE_CHECKING:
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-def accept(accelerator: Accelerator, method: PPO, spec: RunSpec) -> bool:
-    """Whether weights are sharded. Call it before any model is loaded.
+def accelerator(use_cpu: bool, method: PPO, spec: RunSpec) -> Accelerator:
+    """What the launch set up, before any model is loaded.
 
     Raises:
-        SpecError: They are in a way that the loop cannot follow.
+        SpecError: It shards weights in a way that the loop cannot follow.
     """
-    kind = accelerator.distributed_type
-    on_cpu = kind == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if kind in WHOLE and not on_cpu:
-        return False
-    if not (on_cpu or kind == DistributedType.FSDP) or os.environ.get("FSDP_VERSION") != "2":
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if fsdp and os.environ.get("FSDP_VERSION") != "2":
         raise SpecError(
-            f"launch: {'FSDP 1' if on_cpu or kind == DistributedType.FSDP else kind.value} shards weights in a way that "
-            f"sampling cannot follow; use fsdp_version 2, or --multi_gpu"
+            "launch: FSDP 1 shards weights in a way that sampling cannot follow; use fsdp_version 2, or --multi_gpu"
+        )
+    found = Accelerator(cpu=use_cpu)
+    on_cpu = fsdp and found.distributed_type == DistributedType.MULTI_CPU
+    if found.distributed_type in WHOLE and not on_cpu:
+        return found
+    if not fsdp:
+        raise SpecError(
+            f"launch: {found.distributed_type.value} shards weights in a way that sampling cannot follow; use FSDP "
+            f"with fsdp_version 2, or --multi_gpu"
         )
     if on_cpu:
         # accelerate takes FSDP for accelerators only: on a CPU it says nothing and shards nothing.
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        accelerator.state.distributed_type = DistributedType.FSDP
+        found.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        found.state.distributed_type = DistributedType.FSDP
     if spec.adapter is not None and method.value_model == "own":
         raise SpecError(
             f"{method.name}: value_model=own stands on the policy's weights under an adapter, and FSDP shards no "
@@ -55,9 +60,9 @@ def accept(accelerator: Accelerator, method: PPO, spec: RunSpec) -> bool:
             f"{method.name}: reference=ema averages whole models and FSDP shards them; use reference=frozen"
         )
     # Else transformers would load real weights on rank 0 only, also for the reference, which is nobody's shard.
-    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    found.state.fsdp_plugin.cpu_ram_efficient_loading = False
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    return True
+    return found
 
 
 def settle(module: nn.Module, device: torch.device) -> None:
