@@ -131,6 +131,9 @@ class Method(BaseModel):
         """Build what trains, beside the accelerator. The only code that knows a trainer library's names."""
         raise TypeError(f"{type(self).__name__} has no trainer")
 
+    quantizes: ClassVar[bool] = False
+    """It can hold the base of an adapter in 4 bits."""
+
     def check(self, spec: RunSpec) -> None:
         """Refuse, on the notebook side and before anything starts, a combination that cannot work.
 

@@ -76,6 +76,7 @@ class PPO(Method):
         "policy, value (or none), reference (frozen, moving or none), reward; under LoRA all on one backbone"
     )
     needs_reward: ClassVar[bool] = True
+    quantizes: ClassVar[bool] = True
 
     # The objective. With γ = 1, temperature 1 and no penalty, bonus or whitening of rewards its optimum is
     # π_ref·exp(r/β). Every knob that moves it says so; tests/fidelity/test_ppo_exact.py enumerates where to.
@@ -180,6 +181,8 @@ class PPO(Method):
     """End a rollout's passes once a step's mean KL to the policy that sampled exceeds this, nats a token."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this L2 norm, the policy's and a value model's of its own apart; 0 leaves them."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps its moments in 8 bits (Dettmers et al. 2022, arXiv:2110.02861), on CUDA, with bitsandbytes."""
     lr_scheduler: Literal["constant", "linear"] = "constant"
     """linear falls to 0 at max_steps."""
     ptx_coef: float = Field(0.0, ge=0)
@@ -371,6 +374,11 @@ class PPO(Method):
         if self.max_new_tokens >= self.max_length:
             raise SpecError(
                 f"ppo: max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_length={self.max_length}"
+            )
+        if spec.adapter is not None and spec.adapter.quantize != "none" and self.rollout_backend != "transformers":
+            raise SpecError(
+                f"ppo: adapter quantize={spec.adapter.quantize} with rollout_backend={self.rollout_backend}: vLLM "
+                f"would sample from the base in full; use rollout_backend=transformers"
             )
         if spec.adapter is not None and spec.adapter.dropout:
             raise SpecError(

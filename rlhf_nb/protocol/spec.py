@@ -161,6 +161,9 @@ class LoRA(Frozen):
     """Scale: the update is multiplied by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
+    quantize: Literal["none", "4bit"] = "none"
+    """4bit: the base's linear layers in NF4, a quarter of their bytes (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+    Needs CUDA and bitsandbytes. The saved model is the base in full with the adapter merged in."""
 
 
 class Launch(Frozen):

@@ -69,6 +69,10 @@ def train(
         who=workspace.who,
         created=time.time(),
     )
+    if spec.adapter is not None and spec.adapter.quantize != "none" and not method.quantizes:
+        raise SpecError(
+            f"{verb}: adapter quantize={spec.adapter.quantize} is for ppo so far; use quantize=none with {verb}"
+        )
     method.check(spec)
     return submit(workspace, spec)
 

@@ -232,7 +232,8 @@ def load(
 
     Every module stays in eval mode: with dropout the ratio of a policy to itself would not be one.
     """
-    policy = models.load_model(path)
+    quantize = context.spec.adapter.quantize if context.spec.adapter is not None else "none"
+    policy = models.load_model(path, quantize=quantize)
     trunk, head = trunk_and_head(policy)
     _check_head(policy, trunk, head)
     backbone = same_weights(trunk) if context.spec.adapter is not None else None

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 _WANTED_FROM_HUB = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
+FOUR_BIT_DEVICES = ("cuda",)
+"""bitsandbytes 0.50 runs on CPUs too, with a kernel that has no backward pass."""
+
+
 def cache_dir() -> Path:
     """Where models that are built once live: $RLHF_NB_CACHE, by default ~/.cache/rlhf_nb."""
     return Path(os.environ.get("RLHF_NB_CACHE") or Path.home() / ".cache" / "rlhf_nb").expanduser()
@@ -214,15 +218,52 @@ def toy_sft(emit: Emitter) -> Path:
 # --- reading and writing --------------------------------------------------------------------------------------------
 
 
-def load_model(path: str, architecture: Any = None, **kwargs: Any) -> Any:
-    """A model of a directory, in float32 on the CPU unless told otherwise. Code that it carries is never run."""
+def load_model(path: str, architecture: Any = None, *, quantize: str = "none", **kwargs: Any) -> Any:
+    """A model of a directory, in float32 on the CPU unless told otherwise. Code that it carries is never run.
+
+    Args:
+        quantize: `4bit` puts the linear layers into NF4 as they are read, on the accelerator where there is one.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     kwargs.setdefault("dtype", torch.float32)
+    if quantize == "4bit":
+        kwargs |= _in_4_bit(kwargs["dtype"])
     return (architecture or AutoModelForCausalLM).from_pretrained(
         path, trust_remote_code=False, use_safetensors=True, **kwargs
     )
+
+
+def _in_4_bit(dtype: Any) -> dict[str, Any]:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    require_bitsandbytes("adapter quantize=4bit", "use quantize=none")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type not in FOUR_BIT_DEVICES:
+        raise SpecError(
+            f"adapter quantize=4bit: no gradient goes through bitsandbytes' 4-bit layers on {device.type}; it needs "
+            f"CUDA, or use quantize=none"
+        )
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def require_bitsandbytes(what: str, otherwise: str) -> Any:
+    """The package, or one line that says what needs it.
+
+    Raises:
+        SpecError: It is not installed here.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise SpecError(
+            f"{what}: bitsandbytes cannot be imported beside the accelerator ({error}); install it there, or "
+            f"{otherwise}"
+        ) from None
+    return bitsandbytes
 
 
 def load_tokenizer(path: str, emit: Emitter | None = None) -> Any:

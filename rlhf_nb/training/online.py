@@ -88,7 +88,7 @@ class OnlineTrainer:
         self.doctor = KLDoctor(self)
         self.sampler: Sampler = sampler_for(self, path, max_length)
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=method.learning_rate, eps=ADAM_EPS, weight_decay=0.0, fused=True)
+        optimizer = self._optimizer(trained)
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         # accelerate switches prepared modules to train mode.
         self.model.eval()
@@ -108,6 +108,18 @@ class OnlineTrainer:
         self.report = Report(self)
         # A rank sees its shard of a gradient only.
         self.noise = GradientNoise([] if self.sharded else trained)
+
+    def _optimizer(self, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        settings: dict[str, Any] = {"lr": self.method.learning_rate, "eps": ADAM_EPS, "weight_decay": 0.0}
+        if self.method.optimizer == "adamw":
+            return torch.optim.AdamW(trained, **settings, fused=True)
+        if self.device.type != "cuda":
+            raise SpecError(
+                f"{self.method.name}: optimizer=adamw_8bit needs a CUDA device and this one is {self.device.type}; use "
+                f"optimizer=adamw"
+            )
+        found = models.require_bitsandbytes(f"{self.method.name}: optimizer=adamw_8bit", "use optimizer=adamw")
+        return found.optim.AdamW8bit(trained, **settings)
 
     def make_sampler(self, trunk: Any, head: Any, value_head: Any = None) -> TransformersSampler:
         return TransformersSampler(
@@ -570,7 +582,7 @@ class OnlineTrainer:
         if self.context.spec.adapter is not None:
             adapter = Path(directory) / "adapter"
             policy.save_pretrained(str(adapter), state_dict=weights)
-            if self.sharded:
+            if self.sharded or self.context.spec.adapter.quantize != "none":
                 base = models.load_model(self.context.model_path(self.context.spec.policy))
                 policy, weights = PeftModel.from_pretrained(base, str(adapter)), None
             policy = policy.merge_and_unload()

@@ -50,6 +50,11 @@ def accelerator(use_cpu: bool, method: PPO, spec: RunSpec) -> Accelerator:
         # accelerate takes FSDP for accelerators only: on a CPU it says nothing and shards nothing.
         found.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         found.state.distributed_type = DistributedType.FSDP
+    if spec.adapter is not None and spec.adapter.quantize != "none":
+        raise SpecError(
+            f"{method.name}: adapter quantize={spec.adapter.quantize} packs weights into bytes, which FSDP does not "
+            f"shard; use quantize=none"
+        )
     if spec.adapter is not None and method.value_model == "own":
         raise SpecError(
             f"{method.name}: value_model=own stands on the policy's weights under an adapter, and FSDP shards no "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 from typing import Any
@@ -15,8 +16,10 @@ from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.errors import ComputeError
 from rlhf_nb.protocol.control import Preview, Resume, SetCoefficient, Stop
 from rlhf_nb.protocol.glossary import GLOSSARY
+from rlhf_nb.protocol.spec import FunctionReward
 from rlhf_nb.training import actor_critic, kl_doctor, online
 from rlhf_nb.training.gradient_noise import GradientNoise
+from rlhf_nb.training.online_report import Report
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 
 from .conftest import fold, rollouts
@@ -64,6 +67,21 @@ def test_the_gap_is_logged_where_a_prompt_has_several_completions(ppo):
     assert all("convergence/gap" not in row for row in rollouts(ppo("alone")))
 
 
+LENGTH = FunctionReward(
+    name="length", source="def length(prompts, completions):\n    return [float(len(prompt)) for prompt in prompts]"
+)
+
+
+def test_a_reward_that_depends_on_the_prompt_alone_leaves_nothing_to_gain(ppo):
+    """Every completion of a prompt is then worth the same: the reference is the optimum at every price."""
+    place = ppo(reward=LENGTH, samples_per_prompt=4, max_steps=2, controls=[Preview(values=[0.1, 1.0], samples=8)])
+    assert rollouts(place)[0]["convergence/gap"] < 1e-8 < rollouts(place)[0]["reward/std"]
+    (found,) = fold(place).previews.values()
+    for one in found.predictions:
+        assert one.reward == pytest.approx(found.reward, rel=1e-6) and one.reward > 1
+        assert one.kl < 1e-4 and one.effective == pytest.approx(8, rel=1e-4)
+
+
 # --- gradient noise, the KL of an update ------------------------------------------------------------------------------
 
 
@@ -91,6 +109,28 @@ def test_every_rollout_says_what_its_update_did(ppo):
     assert len(firsts) == 2 and all(row["rollout/logprob_mismatch"] < 1e-5 for row in firsts)
     still = ppo("still", learning_rate=0.0, max_steps=2)
     assert [r.values["policy/update_kl"] for r in fold(still).rows if "policy/update_kl" in r.values][0] < 1e-9
+
+
+def test_the_kl_of_an_update_is_k3_from_the_policy_that_sampled_summed_over_tokens_that_count(ppo, monkeypatch):
+    expected = []
+    genuine = Report._update_kl
+
+    def watched(self, rollout):
+        trainer = self.trainer
+        with torch.no_grad():
+            now, _, _ = trainer.module(rollout.tokens_BL, rollout.attention_mask_BL, rollout.mask_BT)
+        rows = []
+        for row in range(4):
+            log_ratio = [(now[row, t] - rollout.behavior_logprobs_BT[row, t]).item() for t in range(now.shape[1])]
+            counted = [d for d, on in zip(log_ratio, rollout.mask_BT[row].tolist(), strict=True) if on]
+            rows.append(sum(math.exp(d) - 1 - d for d in counted))
+        expected.append(sum(rows) / 4)
+        return genuine(self, rollout)
+
+    monkeypatch.setattr(Report, "_update_kl", watched)
+    place = ppo(max_steps=4, learning_rate=3e-2)
+    said = [row.values["policy/update_kl"] for row in fold(place).rows if "policy/update_kl" in row.values]
+    assert said == pytest.approx(expected, rel=1e-3) and min(said) > 1e-4
 
 
 # --- the KL doctor: each fault is planted, and named ------------------------------------------------------------------

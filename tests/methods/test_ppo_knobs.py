@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from rlhf_nb.errors import SpecError
 from rlhf_nb.maths.controllers import adapted_kl_coef
@@ -21,7 +23,8 @@ from rlhf_nb.methods.ppo import PPO
 from rlhf_nb.protocol.control import SetCoefficient
 from rlhf_nb.protocol.glossary import GLOSSARY
 from rlhf_nb.protocol.spec import FunctionReward, LoRA, RunSpec
-from rlhf_nb.training import checkpoints
+from rlhf_nb.training import checkpoints, models, online
+from rlhf_nb.training.actor_critic import trunk_and_head
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 
 from .conftest import LETTERS, ROWS, fold, rollouts
@@ -371,3 +374,57 @@ def test_a_sampler_of_another_policy_is_weighted_and_its_rollout_read_by_the_tra
     assert "policy/importance_weight" not in believed and 0 < corrected["policy/importance_weight"] < 1.5
     assert corrected["policy/importance_weight"] != pytest.approx(1.0, abs=1e-3)
     assert corrected["rollout/logprob_mismatch"] == pytest.approx(believed["rollout/logprob_mismatch"], rel=1e-4)
+
+
+# --- fewer bits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value_model", ["own", "policy_trunk"])
+def test_a_base_in_4_bits_is_one_for_all_and_the_saved_model_is_the_base_in_full_with_the_adapter(
+    ppo, tiny_model_maker, monkeypatch, value_model
+):
+    # On a CPU its gradients are wrong, and it is refused; who stands on what, and what is saved, is the same there.
+    monkeypatch.setattr(models, "FOUR_BIT_DEVICES", ("cpu", "cuda"))
+    # Blocks of 64 numbers share a scale.
+    ppo.job.model = tiny_model_maker("wide", hidden_size=64, intermediate_size=128, dropout=0.0)
+    kinds = []
+    build = online.OnlineTrainer._optimizer
+
+    def watched(self, trained):
+        trunk, _ = trunk_and_head(self.module.policy)
+        packed = {p.data_ptr() for p in trunk.parameters() if type(p).__name__ == "Params4bit"}
+        everywhere = {p.data_ptr() for p in self.module.parameters() if type(p).__name__ == "Params4bit"}
+        kinds.append((len(packed), len(everywhere), sum(p.requires_grad for p in trunk.parameters())))
+        return build(self, trained)
+
+    monkeypatch.setattr(online.OnlineTrainer, "_optimizer", watched)
+    place = ppo(adapter=LoRA(r=4, quantize="4bit"), value_model=value_model, max_steps=8, checkpoint_every=4)
+    # Seven linear layers in each of two blocks; the value model stands on the same.
+    assert kinds[0][0] == kinds[0][1] == 14 and kinds[0][2] == 28
+    assert max(row["optimizer/grad_norm"] for row in fold(place).table() if "optimizer/grad_norm" in row) > 0
+    assert all(
+        row["rollout/logprob_mismatch"] < 1e-3 for row in fold(place).table() if "rollout/logprob_mismatch" in row
+    )
+
+    base = AutoModelForCausalLM.from_pretrained(ppo.job.model)
+    merged = PeftModel.from_pretrained(base, str(place.model / "adapter")).merge_and_unload()
+    saved = AutoModelForCausalLM.from_pretrained(place.model)
+    for (name, here), there in zip(saved.named_parameters(), merged.parameters(), strict=True):
+        torch.testing.assert_close(here, there, msg=name)
+    start = AutoModelForCausalLM.from_pretrained(ppo.job.model)
+    assert any(not torch.equal(a, b) for a, b in zip(saved.parameters(), start.parameters(), strict=True))
+    again = ppo.job.run(place, attempt=2, resume_from=checkpoints.directory(place.path, 4))
+    assert fold(again).table()[-1]["step"] == 8
+
+
+def test_what_fewer_bits_need_is_said_where_it_is_missing(ppo, monkeypatch):
+    with pytest.raises(SpecError, match="optimizer=adamw_8bit needs a CUDA device and this one is cpu; use"):
+        ppo("eight", optimizer="adamw_8bit")
+    with pytest.raises(SpecError, match="use rollout_backend=transformers"):
+        place = ppo("both", prepare=True, adapter=LoRA(quantize="4bit"))
+        PPO(rollout_backend="vllm").check(place.spec())
+    with pytest.raises(SpecError, match="no gradient goes through bitsandbytes' 4-bit layers on cpu; it needs CUDA"):
+        ppo("cpu", adapter=LoRA(quantize="4bit"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(SpecError, match=r"adapter quantize=4bit: bitsandbytes cannot be imported .* use quantize=none"):
+        ppo("missing", adapter=LoRA(quantize="4bit"))
