@@ -26,7 +26,7 @@ DEV_READY := $(VENV)/.ready-dev
 NODE_READY := widgets/node_modules/.ready
 
 .PHONY: screenshots help lab demo check check-lint check-format check-types check-imports check-typescript check-protocol \
-	check-methods test test-python test-widgets format constraints clean
+	check-methods test test-python test-together test-alone test-widgets format constraints clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -86,8 +86,23 @@ test: test-widgets test-python
 test-widgets: $(NODE_READY)
 	$(NPM) test
 
-test-python: $(DEV_READY) .venv-ipykernel6/.ready .venv-vllm/.ready
+# What drives kernels, browsers and whole notebooks has the machine to itself; the rest shares it, file by file.
+ALONE := $(addprefix tests/,benchmarks compute e2e magics notebooks packaging)
+TOGETHER := $(filter-out $(ALONE) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+PYTEST_READY := $(DEV_READY) .venv-ipykernel6/.ready .venv-vllm/.ready
+
+ifdef PYTEST_ARGS
+test-python: $(PYTEST_READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+test-python: test-together test-alone
+endif
+
+test-together: $(PYTEST_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 $(TOGETHER)
+
+test-alone: $(PYTEST_READY)
+	$(BIN)/python -m pytest --durations=15 $(ALONE)
 
 # The field still has ipykernel 6, which blocks comm messages while a cell runs. This environment holds only that
 # package; everything else is seen through a .pth file, so it costs seconds and not gigabytes. addsitedir and not a bare

@@ -27,7 +27,7 @@ from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import FunctionReward, LoRA
 from rlhf_nb.training.rollout.base import uniforms
 from rlhf_nb.training.rollout.vllm_backend import VLLMSampler
-from rlhf_nb.training.rollout.vllm_engine import Server, loopback, rank_for
+from rlhf_nb.training.rollout.vllm_engine import Drawn, Server, loopback, rank_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [[40, 41, 42], [50, 51, 52, 53, 54, 55, 56], [60, 61]]
@@ -130,7 +130,7 @@ def logprobs(policy: Any, prompt: list[int], completion: list[int], temperature:
 def sampler(engine: Any, policy: Any, folder: Path) -> VLLMSampler:
     return VLLMSampler(
         engine, policy, end_tokens={1}, pad_token=0, device=torch.device("cpu"), scratch=folder / "weights",
-        probe=PROMPTS[0], logprobs=lambda p, c: logprobs(policy, list(p), list(c)), tolerance=1e-3,
+        probe=PROMPTS[0], logprobs=lambda p, c, t: logprobs(policy, list(p), list(c), t), tolerance=1e-3,
     )  # fmt: skip
 
 
@@ -177,6 +177,20 @@ def test_after_every_hand_over_a_server_samples_from_the_policy_of_now(url, mode
             said.append(sampled.tokens_BT.tolist())
             assert mine.sample(PROMPTS, noise, temperature=0.7).tokens_BT.tolist() == said[-1], "seeded by the noise"
         assert len({json.dumps(one) for one in said}) == 3, "other weights say something else"
+
+
+def test_a_server_that_leaves_the_temperature_out_of_its_logprobs_is_told_how_to_start(url, model, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(model).eval()
+    with closing(Server(url, ends={1}, adapter=None)) as engine:
+        genuine = engine.sample
+
+        def raw(prompts: Any, seeds: Any, **settings: Any) -> list[Drawn]:
+            drawn = genuine(prompts, seeds, **settings)
+            return [Drawn(d.tokens, logprobs(policy, list(p), d.tokens)) for p, d in zip(prompts, drawn, strict=True)]
+
+        engine.sample = raw  # type: ignore[method-assign]
+        with pytest.raises(ComputeError, match="start the server with --logprobs-mode processed_logprobs"):
+            sampler(engine, policy, tmp_path).refresh(0)
 
 
 def test_an_adapter_on_another_base_is_not_believed(url, model, tmp_path, save_model):

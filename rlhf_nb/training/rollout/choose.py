@@ -45,11 +45,16 @@ def sampler_for(trainer: OnlineTrainer, path: str, max_length: int) -> Sampler:
         engine = Server(method.vllm_url, ends=ends, adapter=name, owner=context.is_main)
 
     @torch.no_grad()
-    def logprobs(prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
+    def logprobs(prompt: Sequence[int], completion: Sequence[int], temperature: float) -> list[float]:
         tokens_BL = torch.tensor([[*prompt, *completion]], device=trainer.device)
         seen_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
         said, _, _ = trainer.module(
-            tokens_BL, seen_BL, seen_BL[:, len(prompt) :], with_values=False, with_entropy=False
+            tokens_BL,
+            seen_BL,
+            seen_BL[:, len(prompt) :],
+            temperature=temperature,
+            with_values=False,
+            with_entropy=False,
         )
         return said[0].tolist()
 

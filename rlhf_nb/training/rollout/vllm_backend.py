@@ -19,7 +19,8 @@ from rlhf_nb.errors import ComputeError
 from rlhf_nb.training.rollout.base import Completions
 from rlhf_nb.training.rollout.vllm_engine import Drawn, Engine
 
-PROBE_TOKENS = 8
+PROBE_TOKENS, PROBE_TEMPERATURE = 8, 0.7
+"""Not at 1: there raw log-probabilities are those at the temperature too."""
 FAR = 10.0
 """Times the rounding of its precision by which a probe may differ: beyond it the weights are other weights."""
 
@@ -35,7 +36,7 @@ class VLLMSampler:
         device: torch.device,
         scratch: Path,
         probe: Sequence[int],
-        logprobs: Callable[[Sequence[int], Sequence[int]], list[float]],
+        logprobs: Callable[[Sequence[int], Sequence[int], float], list[float]],
         tolerance: float,
     ) -> None:
         """
@@ -43,7 +44,7 @@ class VLLMSampler:
             policy: The trained model, or the trained adapter on it.
             scratch: Directory through which weights go over.
             probe: A prompt's tokens.
-            logprobs: f(prompt, completion): the trainer's log-probabilities of the completion's tokens.
+            logprobs: f(prompt, completion, temperature): the trainer's log-probabilities of the completion's tokens.
             tolerance: Nats a token by which trainer and sampler may differ through rounding.
         """
         self.engine, self.policy, self.device, self.scratch = engine, policy, device, scratch
@@ -79,10 +80,19 @@ class VLLMSampler:
         self.version = version
 
     def _check(self) -> None:
-        drawn = self.engine.sample([self.probe], [0], temperature=1.0, limit=PROBE_TOKENS)[0]
-        ours = self.logprobs(self.probe, drawn.tokens)
-        apart = float(np.abs(np.subtract(ours, drawn.logprobs)).mean())
-        if not apart <= FAR * self.tolerance:
+        drawn = self.engine.sample([self.probe], [0], temperature=PROBE_TEMPERATURE, limit=PROBE_TOKENS)[0]
+
+        def apart_at(temperature: float) -> float:
+            ours = self.logprobs(self.probe, drawn.tokens, temperature)
+            return float(np.abs(np.subtract(ours, drawn.logprobs)).mean())
+
+        apart, most = apart_at(PROBE_TEMPERATURE), FAR * self.tolerance
+        if not apart <= most and apart_at(1.0) <= most:
+            raise ComputeError(
+                "vLLM gives log-probabilities at temperature 1 whatever it samples at; start the server with "
+                "--logprobs-mode processed_logprobs"
+            )
+        if not apart <= most:
             way_out = (
                 "an adapter stands on what the server was started with: start the server with the model that this run "
                 "starts from"
