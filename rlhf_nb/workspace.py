@@ -333,12 +333,12 @@ class Workspace:
         for event in fresh:
             for parent in parents_of(event.new) if isinstance(event, RewardReplaced) else ():
                 self.store.add_lineage(run.id, parent, "model")
-        self.store.add_events(run.id, kept)
-        for event in fresh:
-            if event.kind in _AUDITED:
-                detail = event.model_dump(mode="json", exclude={"log_tail"})
-                who = getattr(event, "who", "")
-                self.store.append_audit(event.kind, run.id, detail, who or self.who)
+        audited = {
+            e.seq: (e.kind, getattr(e, "who", "") or self.who, e.model_dump(mode="json", exclude={"log_tail"}))
+            for e in fresh
+            if e.kind in _AUDITED
+        }
+        self.store.add_events(run.id, kept, audited=audited)
         summary: dict[str, Any] = {"step": fold.step, "max_steps": fold.max_steps}
         if fold.rows:
             summary["metrics"] = fold.rows[-1].values

@@ -29,16 +29,18 @@ class Audit(Database):
             detail: anything JSON has a form for.
             who: the user's name when not given.
         """
-        fields = {"created": now(), "who": who or default_who(), "action": action, "subject": subject}
         text = canonical_json(dict(detail or {}))
         with self._write(serial="audit") as connection:
-            last = connection.execute(
-                sa.select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1)
-            ).first()
-            seq, previous = (1, self._genesis()) if last is None else (last.seq + 1, last.hash)
-            values = {"seq": seq, **fields, "detail": text, "previous": previous}
-            values["hash"] = _link(values)
-            connection.execute(audit.insert().values(values))
+            return self._append(connection, action, subject, text, who)
+
+    def _append(self, connection: sa.Connection, action: str, subject: str, detail: str, who: str | None) -> AuditRow:
+        """Inside a transaction that is serial in "audit"."""
+        last = connection.execute(sa.select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1)).first()
+        seq, previous = (1, self._genesis()) if last is None else (last.seq + 1, last.hash)
+        fields = {"created": now(), "who": who or default_who(), "action": action, "subject": subject}
+        values = {"seq": seq, **fields, "detail": detail, "previous": previous}
+        values["hash"] = _link(values)
+        connection.execute(audit.insert().values(values))
         return _row(values)
 
     def audit(

@@ -7,8 +7,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from rlhf_nb.data.rows import canonical_json
 from rlhf_nb.errors import NotFoundError, StoreError, did_you_mean
-from rlhf_nb.store.database import Database, now
+from rlhf_nb.store.audit import Audit
+from rlhf_nb.store.database import now
 from rlhf_nb.store.records import AttachRecord, RunRecord
 from rlhf_nb.store.schema import attaches, run_events, runs
 
@@ -17,9 +19,11 @@ RESERVED = "reserved"
 
 _CHANGEABLE = ("state", "title", "spec", "place", "attach", "last_seq", "summary", "finished")
 _BATCH = 1000
+Link = tuple[str, str, Mapping[str, Any]]
+"""Action, who, detail."""
 
 
-class Runs(Database):
+class Runs(Audit):
     """Rows here may change: they mirror files that are append-only themselves."""
 
     def next_run_id(self, method: str) -> str:
@@ -129,34 +133,43 @@ class Runs(Database):
         with self._read() as connection:
             return [_run(row) for row in connection.execute(query)]
 
-    def add_events(self, run_id: str, events: Iterable[Mapping[str, Any]]) -> int:
+    def add_events(
+        self, run_id: str, events: Iterable[Mapping[str, Any]], *, audited: Mapping[int, Link] | None = None
+    ) -> int:
         """Index events of a run. Those whose `seq` is there already change nothing.
 
         Args:
             events: dicts, or pydantic models, each with an integer `seq`.
+            audited: By `seq`, what the audit chain gets for an event: with it or not at all, and once, whoever indexes
+                the run beside.
 
         Returns:
             How many were new.
         """
-        events = list(events)  # a slow source must not hold the write lock
-        batch, new, last = [], 0, -1
+        # A slow source must not hold the write lock.
+        events = [event if isinstance(event, Mapping) else event.model_dump(mode="json") for event in events]
+        batch, last = [], -1
+        new: list[int] = []
+        audited = audited or {}
         # Drivers do not agree on the row count of many inserts; what comes back is what was new.
         insert = self._insert(run_events).on_conflict_do_nothing().returning(run_events.c.seq)
-        with self._write() as connection:
+        with self._write(serial="audit" if audited else None) as connection:
             for event in events:
-                event = event if isinstance(event, Mapping) else event.model_dump(mode="json")
                 last = max(last, event["seq"])
                 batch.append({"run_id": run_id, "seq": event["seq"], "event": dict(event)})
                 if len(batch) == _BATCH:
-                    new += len(connection.execute(insert, batch).all())
+                    new += connection.execute(insert, batch).scalars().all()
                     batch = []
             if batch:
-                new += len(connection.execute(insert, batch).all())
+                new += connection.execute(insert, batch).scalars().all()
+            for seq in sorted(set(new) & audited.keys()):
+                action, who, detail = audited[seq]
+                self._append(connection, action, run_id, canonical_json(dict(detail)), who)
             if new:
                 connection.execute(
                     runs.update().where(runs.c.run_id == run_id, runs.c.last_seq < last).values(last_seq=last)
                 )
-        return new
+        return len(new)
 
     def events(self, run_id: str, since: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
         """Indexed events with `seq` ≥ `since`, in order."""

@@ -52,8 +52,8 @@ def test_a_cycle_in_the_lineage_ends(store):
     assert [(e.child, e.parent) for e in store.lineage("a")] == [("a", "b"), ("b", "a")]
 
 
-@pytest.mark.parametrize("killed_at", ["add_events", "append_audit", "update_run"])
-def test_a_reward_put_into_a_run_that_trains_enters_the_lineage_once(tmp_path, monkeypatch, killed_at):
+@pytest.mark.parametrize("killed_at", ["add_lineage", "add_events", "_append", "update_run"])
+def test_a_reward_put_into_a_run_that_trains_enters_lineage_and_audit_once(tmp_path, monkeypatch, killed_at):
     def replaced(seq: int, new: ModelReward | NamedReward) -> RewardReplaced:
         return RewardReplaced(
             seq=seq, t=1.0, id=f"c-{seq}", part="rm-1", old="rm-1", new=new, shift=0.0, effective_step=9
@@ -71,7 +71,11 @@ def test_a_reward_put_into_a_run_that_trains_enters_the_lineage_once(tmp_path, m
             first.setattr(ws.store, killed_at, Mock(side_effect=StoreError("killed")))
             ws.index(ws.run("ppo-1"), fold, events)
         ws.index(ws.run("ppo-1"), fold, events)
+        with Workspace(tmp_path / "project") as beside:
+            beside.index(beside.run("ppo-1"), fold, events)
         assert [(e.child, e.parent, e.relation) for e in ws.store.lineage()] == [("ppo-1", "rm-2", "model")]
+        assert [one.detail["seq"] for one in ws.store.audit(action="reward_replaced")] == [1, 2, 3]
+        assert ws.store.verify_audit().ok
 
 
 def test_a_run_needs_the_models_of_its_policy_its_rewards_and_its_gold_each_once():
