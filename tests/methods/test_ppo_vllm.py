@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM
 from rlhf_nb.compute.supervisor import end_tree
 from rlhf_nb.errors import ComputeError, SpecError
 from rlhf_nb.methods.ppo import PPO
-from rlhf_nb.protocol.fold import RunFold
-from rlhf_nb.protocol.spec import FunctionReward, LoRA
+from rlhf_nb.protocol.spec import LoRA
 from rlhf_nb.training.rollout.base import uniforms
 from rlhf_nb.training.rollout.vllm_backend import VLLMSampler
 from rlhf_nb.training.rollout.vllm_engine import Drawn, Server, loopback, rank_for
+
+from .conftest import LETTERS, ROWS, fold
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [[40, 41, 42], [50, 51, 52, 53, 54, 55, 56], [60, 61]]
@@ -35,12 +36,6 @@ CONFIG = {
     "max_steps": 4, "rollout_batch_size": 8, "batch_size": 4, "num_ppo_epochs": 1, "max_new_tokens": 8,
     "max_length": 80, "sample_every": 4, "learning_rate": 3e-3, "kl_coef": 0.2,
 }  # fmt: skip
-ROWS = [{"prompt": p} for p in ("Who?", "Where is it?", "When do they open?", "Is it far?", "Why?", "How?")]
-LETTERS = FunctionReward(
-    name="letters",
-    source="def letters(prompts, completions):\n"
-    "    return [sum(c.isascii() and c.isalpha() for c in text) / 4 for text in completions]",
-)
 JOB = (
     "import sys; from pathlib import Path; from rlhf_nb.training import job\n"
     "place = Path(sys.argv[1])\n"
@@ -244,16 +239,13 @@ def test_ppo_trains_through_a_server(url, model, job, adapter):
 
 
 def check(place: Any, *, corrected: bool) -> None:
-    fold = RunFold()
-    for event in place.events():
-        fold.add(event)
-    rows = {row["step"]: row for row in fold.table()}
+    rows = {row["step"]: row for row in fold(place).table()}
     assert sorted(rows) == [1, 2, 3, 4]
     for first in (1, 3):
         assert rows[first]["rollout/logprob_mismatch"] < 1e-4 and rows[first]["time/sync_s"] > 0
         assert ("policy/importance_weight" in rows[first]) == corrected
     assert abs(rows[1]["kl/policy_reference"]) < 1e-3 < abs(rows[3]["kl/policy_reference"])
-    assert not [notice.code for notice in fold.notices if notice.code.startswith("kl_doctor/mismatch")]
+    assert not [notice.code for notice in fold(place).notices if notice.code.startswith("kl_doctor/mismatch")]
     assert any(event.kind == "samples" for event in place.events())
 
 
