@@ -86,9 +86,11 @@ test: test-widgets test-python
 test-widgets: $(NODE_READY)
 	$(NPM) test
 
-# What drives kernels, browsers and whole notebooks has the machine to itself; the rest shares it, file by file.
+# What drives kernels, browsers and whole notebooks has the machine to itself; the rest shares it, file by file, the
+# longest first.
 ALONE := $(addprefix tests/,benchmarks compute e2e magics notebooks packaging)
-TOGETHER := $(filter-out $(ALONE) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+LONG := $(addprefix tests/,methods training fidelity)
+TOGETHER := $(LONG) $(filter-out $(LONG) $(ALONE) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 PYTEST_READY := $(DEV_READY) .venv-ipykernel6/.ready .venv-vllm/.ready
 
 ifdef PYTEST_ARGS
