@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb import registry
+from rlhf_nb.data.conversions import convert
 from rlhf_nb.errors import DataError, NotFoundError, RlhfError, SpecError, did_you_mean
 from rlhf_nb.protocol.spec import (
     BlobData,
@@ -121,14 +122,9 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> D
         return workspace.keep_rows(dataset.rows, kind, dataset.name)
     if rows == "prompts":
         source = dataset.rows if dataset is not None else workspace.dataset(value).rows
-        distinct: dict[str, dict[str, Any]] = {}
-        for row in source:
-            distinct.setdefault(repr(row["prompt"]), {"prompt": row["prompt"]})
-        return workspace.keep_rows(list(distinct.values()), "prompts", getattr(dataset, "name", str(value)))
+        return workspace.keep_rows(convert(source, kind, rows)[0], rows, getattr(dataset, "name", str(value)))
     name = getattr(dataset, "name", None) or getattr(reference, "name", "")
     if (kind, rows) in SERVES:
-        from rlhf_nb.data.conversions import convert
-
         source = (dataset if dataset is not None else workspace.dataset(str(name))).rows
         return workspace.keep_rows(convert(source, kind, rows)[0], rows, f"{name} as {rows}")
     raise DataError(f'{verb}: data "{name}" holds {kind}, and {verb} trains on {rows}; %rlhf data lists what there is')

@@ -39,6 +39,13 @@ def test_rewards_are_named_as_a_list_as_a_dict_and_as_text(ws):
     assert resolve_reward(ws, ["flat"], verb="ppo") == resolve_reward(ws, "flat", verb="ppo")
 
 
+def test_demonstrations_as_prompts_bring_their_answers_along(ws, tmp_path):
+    (tmp_path / "sums.jsonl").write_text('{"question": "1+1?", "answer": "so 2\\n#### 2"}\n')
+    data = ws.import_data(tmp_path / "sums.jsonl", name="sums")
+    kept = resolve_data(ws, data, verb="ppo", rows="prompts")
+    assert ws.store.get_rows(kept.content_hash) == [{"prompt": "1+1?", "answer": "so 2\n#### 2"}]
+
+
 def test_prompts_are_mixed_by_their_shares(ws):
     mine = ws.add_data([{"prompt": "p", "chosen": "a", "rejected": "b"}], name="mine", kind="pairs")
     mixed = resolve_data(ws, {"toy-prompts": 3, mine.name: 1}, verb="ppo", rows="prompts")
