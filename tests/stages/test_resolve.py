@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import rlhf_nb as rl
-from rlhf_nb.errors import DataError, SpecError
+from rlhf_nb.errors import DataError, NotFoundError, SpecError
 from rlhf_nb.stages.resolve import resolve_data, resolve_reward
 
 
@@ -55,3 +57,32 @@ def test_prompts_are_mixed_by_their_shares(ws):
             resolve_data(ws, bad, verb="ppo", rows="prompts")
     with pytest.raises(SpecError, match="only prompts are drawn in shares"):
         resolve_data(ws, {"toy-pairs": 1, "mine": 1}, verb="dpo", rows="pairs")
+
+
+def test_a_reward_is_written_with_its_options(ws):
+    def read(text):
+        return resolve_reward(ws, text, verb="ppo")
+
+    assert read("math-answer").config == {"timeout": 3}
+    assert read('regex(pattern="^(yes|no), =x\\\\)$", match="full")').config == {
+        "pattern": r"^(yes|no), =x\)$",
+        "match": "full",
+        "timeout": 1.0,
+    }
+    several = read('json-schema(schema={"type": "object"})=0.5, numeric, toy-true=2')
+    assert [(part.name, part.weight) for part in several.parts] == [
+        ("json-schema", 0.5),
+        ("numeric", 1.0),
+        ("toy-true", 2.0),
+    ]
+    assert several.parts[0].reward.config["schema"] == {"type": "object"}
+    for bad, says in (
+        ("regex(pattern=open)", "options are written as in Python"),
+        ('regex("x")', "options are written as in Python"),
+        ('regex(pattern="x', "options are written as in Python"),
+        ('regex(pattern="x") toy-true, flat', "'toy-true' after regex"),
+        ("regexp(pattern='x')", 'did you mean "regex"'),
+    ):
+        with pytest.raises((SpecError, NotFoundError), match=re.escape(says)) as caught:
+            read(bad)
+        assert "\n" not in str(caught.value)
