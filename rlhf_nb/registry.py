@@ -70,6 +70,7 @@ rewards = Registry(
         "regex": "rlhf_nb.rewards.patterns:regex",
         "json-schema": "rlhf_nb.rewards.patterns:json_schema",
         "ifeval": "rlhf_nb.rewards.ifeval:ifeval",
+        "unit-tests": "rlhf_nb.rewards.unit_tests:unit_tests",
     },
 )
 """Reward functions `f(prompts, completions, **columns) -> list[float]`."""

@@ -11,7 +11,7 @@ from rlhf_nb.errors import RewardError
 from rlhf_nb.rewards.math_checker import checker
 from rlhf_nb.rewards.text import last_number
 
-_HASHES = re.compile(r"####[ \t]*\$?[ \t]*(-?[\d.,]*\d)[ \t]*%?\.?[ \t]*$", re.MULTILINE)
+_HASHES = re.compile(r"####[ \t$]*(-?[\d.,]*\d)[ \t%.]*$", re.MULTILINE)
 
 
 def math_answer(

@@ -145,7 +145,7 @@ def content_postscript(text: str, postscript_marker: str) -> bool:
 
 
 def format_number_bullet_lists(text: str, num_bullets: int) -> bool:
-    return len(re.findall(r"^\s*(?:\*[^*\n]|-).*$", text, re.MULTILINE)) == num_bullets
+    return len(re.findall(r"^[ \t]*(?:\*[^*\n]|-).*$", text, re.MULTILINE)) == num_bullets
 
 
 def format_constrained_response(text: str) -> bool:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import re
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+(?:[eE][-+]?\d+)?")
 
 
 def fenced(text: str, *languages: str) -> str:
     """Contents of the last Markdown fence of one of the languages, or of none; without any, the text itself."""
-    blocks = [body for language, body in _FENCE.findall(text) if language.lower() in ("", *languages)]
-    return blocks[-1] if blocks else text
+    last = text
+    language: str | None = None
+    inside: list[str] = []
+    # Line by line: one expression for it takes quadratic time on fences that never close.
+    for line in text.splitlines(keepends=True):
+        bare = line.strip()
+        if language is None:
+            if bare.startswith("```"):
+                language, inside = bare[3:].strip().lower(), []
+        elif bare == "```":
+            last = "".join(inside) if language in ("", *languages) else last
+            language = None
+        else:
+            inside.append(line)
+    return last
 
 
 def last_number(text: str) -> float | None:
