@@ -118,6 +118,18 @@ def _needs(function: Callable[..., Any]) -> set[str]:
     return {each.name for each in named_ones if each.default is each.empty}
 
 
+def require_columns(reward: NamedReward, rows: Sequence[Mapping[str, Any]]) -> None:
+    """See that rows have the columns that a registered reward cannot do without.
+
+    Raises:
+        RewardError: One is missing.
+    """
+    function = registry.rewards.get(reward.name)
+    shared = set.intersection(*(set(row) for row in rows)) - {"prompt"}
+    if missing := sorted(_needs(function) - set(options(function)) - shared):
+        raise RewardError(no_column(reward.name, missing, dict.fromkeys(shared)))
+
+
 def no_column(name: str, missing: Sequence[str], columns: Mapping[str, Any]) -> str:
     """What to say of rows that lack one of the columns a reward reads."""
     have = f"they have {', '.join(sorted(columns))}" if columns else "they have prompts alone"
