@@ -59,7 +59,20 @@ methods = Registry(
 )
 """Training methods: `rl.SFT`, `%rlhf sft` and the form in the panel are the same class."""
 
-rewards = Registry("reward", "rlhf_nb.rewards", {"toy-true": "rlhf_nb.toy.reward:true_reward"})
+rewards = Registry(
+    "reward",
+    "rlhf_nb.rewards",
+    {
+        "toy-true": "rlhf_nb.toy.reward:true_reward",
+        "math-answer": "rlhf_nb.rewards.answers:math_answer",
+        "numeric": "rlhf_nb.rewards.answers:numeric",
+        "exact-match": "rlhf_nb.rewards.answers:exact_match",
+        "regex": "rlhf_nb.rewards.patterns:regex",
+        "json-schema": "rlhf_nb.rewards.patterns:json_schema",
+        "ifeval": "rlhf_nb.rewards.ifeval:ifeval",
+        "unit-tests": "rlhf_nb.rewards.unit_tests:unit_tests",
+    },
+)
 """Reward functions `f(prompts, completions, **columns) -> list[float]`."""
 
 launchers = Registry(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_nb.errors import AttachError, NotFoundError, RlhfError, did_you_mean
+from rlhf_nb.errors import AttachError, NotFoundError, RlhfError, SpecError, did_you_mean
 from rlhf_nb.protocol.events import TERMINAL, AnyEvent, RewardReplaced
 from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import BlobData, FunctionReward, LoRA, RunSpec, describe, parents_of
@@ -362,10 +362,14 @@ class Workspace:
         """Keep a reward under a name: a function, or its source.
 
         Raises:
-            SpecError: It cannot travel: a lambda, a closure, a name it does not import.
+            SpecError: It cannot travel: a lambda, a closure, a name it does not import. Or a registered reward has its
+                name.
         """
+        from rlhf_nb import registry
         from rlhf_nb.stages.resolve import function_reward, reward_from_source
 
+        if name in registry.rewards:
+            raise SpecError(f"reward-function {name}: a registered reward is called so; give another name")
         reward = reward_from_source(function, name) if isinstance(function, str) else function_reward(function, name)
         self.reward_functions[name] = reward
         if self.directory is not None:

@@ -8,10 +8,13 @@ from itertools import combinations
 from typing import Any
 
 from rlhf_nb.data.formats import Drop, transcript_messages
-from rlhf_nb.data.rows import Row, fault, iter_prompts
+from rlhf_nb.data.rows import COLUMNS, Row, fault, prompt_key
 from rlhf_nb.errors import DataError
 
 Converted = tuple[list[Row], dict[str, int]]
+
+_JUDGED = {column for columns in COLUMNS.values() for column in columns} - {"prompt"} | {"details"}
+"""Columns about completions that somebody else gave."""
 
 
 def pairs_to_thumbs(rows: Iterable[Mapping[str, Any]]) -> Converted:
@@ -51,9 +54,13 @@ def thumbs_to_demonstrations(rows: Iterable[Mapping[str, Any]]) -> Converted:
 
 
 def to_prompts(rows: Iterable[Mapping[str, Any]]) -> Converted:
-    """Each prompt once."""
+    """Each prompt once, with what its first row says beside: a verifier reads the answer or the tests from there."""
     rows = list(rows)
-    prompts = [{"prompt": prompt} for prompt in iter_prompts(rows)]
+    distinct: dict[str, Row] = {}
+    for row in rows:
+        kept = {column: value for column, value in row.items() if column not in _JUDGED}
+        distinct.setdefault(prompt_key(row["prompt"]), kept)
+    prompts = list(distinct.values())
     return prompts, {"repeated prompt": len(rows) - len(prompts)} if len(prompts) < len(rows) else {}
 
 

@@ -330,6 +330,11 @@ def _alpaca(completion: str) -> Callable[[Record], Row]:
     return convert
 
 
+def _worked_answers(record: Record) -> Row:
+    """GSM8K: the answer is a demonstration, and what a verifier reads when only the question serves as a prompt."""
+    return {**_demonstrations("question", "answer")(record), "answer": record["answer"]}
+
+
 def _seed_tasks(record: Record) -> Row:
     """Self-Instruct: one instruction, a list of instances; the first counts."""
     instances = record["instances"]
@@ -426,7 +431,10 @@ FORMATS: tuple[Format, ...] = (
     Format("instruction and output", "demonstrations", has("instruction", "output"), _alpaca("output")),
     Format("instruction and response", "demonstrations", has("instruction", "response"), _alpaca("response")),
     Format("Self-Instruct tasks", "demonstrations", has("instruction", "instances"), _seed_tasks),
-    Format("question and answer", "demonstrations", has("question", "answer"), _demonstrations("question", "answer")),
+    Format("question and answer", "demonstrations", has("question", "answer"), _worked_answers),
+    Format(
+        "problem and solution", "demonstrations", has("problem", "solution"), _demonstrations("problem", "solution")
+    ),
     Format("chat messages", "prompts", _chat_prompts("messages"), _prompts("messages")),
     Format("sharegpt", "prompts", _chat_prompts("conversations"), _prompts("conversations")),
     Format("chat messages", "demonstrations", _chat("messages"), _chat_demonstrations("messages")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_nb import registry
 from rlhf_nb.protocol.spec import FunctionReward, ModelReward, NamedReward, reward_parts
 from rlhf_nb.rewards.functions import RewardFunction, from_reference
 from rlhf_nb.rewards.model import RewardModelScorer
@@ -21,14 +22,15 @@ def load(
 ) -> RewardFunction:
     """f(prompts, completions, **columns) → one finite number each.
 
-    A reward model is loaded now, onto `device`.
+    A reward model is loaded now, onto `device`. A registered reward with an attribute `ready`, a function of its
+    options, is asked whether it can work here; what it answers stands in the run's log.
 
     Args:
         backbone: A base model's directory, and its trunk with weights that stay as they are. A reward model that is an
             adapter of the same base then stands on them, and holds no weights of its own but the adapter's.
 
     Raises:
-        RlhfError: No such model, no reward model, or source that does not run.
+        RlhfError: No such model, no reward model, source that does not run, or a reward that cannot work here.
     """
     if isinstance(reference, ModelReward):
         path = context.model_path(reference.model)
@@ -38,6 +40,10 @@ def load(
             )
             return found
         return RewardModelScorer.load(path, device=device, emit=context.emit)
+    if isinstance(reference, NamedReward):
+        ready = getattr(registry.rewards.get(reference.name), "ready", None)
+        if ready is not None:
+            context.emit.notice("reward_ready", f"reward {reference.name}: {ready(**reference.config)}")
     return from_reference(reference)
 
 

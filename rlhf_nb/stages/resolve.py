@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb import registry
+from rlhf_nb.data.conversions import convert
 from rlhf_nb.errors import DataError, NotFoundError, RlhfError, SpecError, did_you_mean
 from rlhf_nb.protocol.spec import (
     BlobData,
@@ -32,6 +33,7 @@ from rlhf_nb.protocol.spec import (
     RewardRef,
     RunModel,
 )
+from rlhf_nb.rewards.functions import named
 
 if TYPE_CHECKING:
     from rlhf_nb.workspace import Workspace
@@ -121,14 +123,9 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> D
         return workspace.keep_rows(dataset.rows, kind, dataset.name)
     if rows == "prompts":
         source = dataset.rows if dataset is not None else workspace.dataset(value).rows
-        distinct: dict[str, dict[str, Any]] = {}
-        for row in source:
-            distinct.setdefault(repr(row["prompt"]), {"prompt": row["prompt"]})
-        return workspace.keep_rows(list(distinct.values()), "prompts", getattr(dataset, "name", str(value)))
+        return workspace.keep_rows(convert(source, kind, rows)[0], rows, getattr(dataset, "name", str(value)))
     name = getattr(dataset, "name", None) or getattr(reference, "name", "")
     if (kind, rows) in SERVES:
-        from rlhf_nb.data.conversions import convert
-
         source = (dataset if dataset is not None else workspace.dataset(str(name))).rows
         return workspace.keep_rows(convert(source, kind, rows)[0], rows, f"{name} as {rows}")
     raise DataError(f'{verb}: data "{name}" holds {kind}, and {verb} trains on {rows}; %rlhf data lists what there is')
@@ -192,19 +189,71 @@ def _several(value: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(value, list | tuple):
         return [(one, 1.0) for one in value]
     if isinstance(value, str) and ("," in value or "=" in value) and not Path(value).expanduser().exists():
-        split = [one.strip().partition("=") for one in value.split(",") if one.strip()]
-        return [(name.strip(), weight.strip() if equals else 1.0) for name, equals, weight in split]
+        parts = _written(value)
+        return None if len(parts) == 1 and parts[0][1] == "" else [(name, weight or 1.0) for name, weight in parts]
     return None
+
+
+def _written(text: str) -> list[tuple[str, str]]:
+    """`a=1,b(option="x, y")` as names, with the options behind them, and weights; a weight left out is empty."""
+    parts, at = [], 0
+    while at < len(text):
+        found = re.compile(r"[^,=(]*").match(text, at)
+        assert found is not None
+        end = _call_end(text, found.end()) if text[found.end() :].startswith("(") else found.end()
+        stop = text.find(",", end)
+        stop = len(text) if stop < 0 else stop
+        name, weight = text[at:end].strip(), text[end:stop].strip()
+        if weight and not weight.startswith("="):
+            raise SpecError(f"reward {text!r}: {weight!r} after {name}; write {name}=0.5, and a comma between rewards")
+        if name:
+            parts.append((name, weight[1:].strip()))
+        at = stop + 1
+    return parts
+
+
+def _call_end(text: str, start: int) -> int:
+    """Where the options that open at `start` close. A bracket in a quoted pattern closes nothing."""
+    for at in range(start, len(text)):
+        if text[at] == ")":
+            try:
+                ast.parse(f"f{text[start : at + 1]}", mode="eval")
+            except SyntaxError:
+                continue
+            return at + 1
+    raise SpecError(f"reward {text!r}: options are written as in Python: NAME(option=value), texts in quotes")
+
+
+def _with_options(text: str) -> NamedReward | None:
+    """`regex(pattern="^yes")` as the reward with its options; None for a plain name."""
+    found = re.fullmatch(r"([\w-]+)(\(.*\))", text, re.DOTALL)
+    if found is None:
+        return None
+    try:
+        call = ast.parse(f"f{found[2]}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args or any(each.arg is None for each in call.keywords):
+            raise ValueError
+        config = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError):
+        raise SpecError(
+            f"reward {text}: options are written as in Python: NAME(option=value), texts in quotes"
+        ) from None
+    return named(found[1], config)
 
 
 def _one_reward(
     workspace: Workspace, value: Any, *, verb: str, role: str
 ) -> NamedReward | ModelReward | FunctionReward:
-    if isinstance(value, (NamedReward, ModelReward, FunctionReward)):
+    if isinstance(value, NamedReward):
+        return named(value.name, value.config)
+    if isinstance(value, (ModelReward, FunctionReward)):
         return value
     if isinstance(value, str):
         if value in registry.rewards:
-            return NamedReward(name=value)
+            return named(value, {})
+        if (with_options := _with_options(value)) is not None:
+            return with_options
         if value in workspace.reward_functions:
             return workspace.reward_functions[value]
     elif callable(value) and not is_run(value) and not isinstance(value, _MODEL_KINDS):

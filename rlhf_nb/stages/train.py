@@ -7,12 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_nb.errors import SpecError
 from rlhf_nb.methods.base import Method
-from rlhf_nb.protocol.spec import Launch, LoRA, RunSpec
+from rlhf_nb.protocol.spec import (
+    BlobData,
+    FunctionReward,
+    Launch,
+    LoRA,
+    NamedData,
+    NamedReward,
+    RunSpec,
+    data_parts,
+    reward_parts,
+)
+from rlhf_nb.rewards.functions import require_columns
+from rlhf_nb.rewards.trial import tried
 from rlhf_nb.stages.resolve import resolve_data, resolve_model, resolve_reward
 
 if TYPE_CHECKING:
     from rlhf_nb.run import Run
     from rlhf_nb.workspace import Workspace
+
+TRIAL_S = 10.0
+"""Seconds that a reward function is given to score a few samples before a run; a slower one is not tried."""
 
 
 def train(
@@ -74,7 +89,32 @@ def train(
             f"{verb}: adapter quantize={spec.adapter.quantize} is for ppo so far; use quantize=none with {verb}"
         )
     method.check(spec)
+    _try_rewards(workspace, spec, timeout=min(TRIAL_S, getattr(method, "reward_timeout", 0) or TRIAL_S))
     return submit(workspace, spec)
+
+
+def _try_rewards(workspace: Workspace, spec: RunSpec, *, timeout: float) -> None:
+    """Functions score a few samples; of registered rewards it is seen that the rows have their columns.
+
+    Raises:
+        RewardError: With the line of the function, or the column that is missing.
+    """
+    parts = [part.reward for part in (*reward_parts(spec.reward), *reward_parts(spec.gold))]
+    for reward in parts:
+        for each in data_parts(spec.data):
+            rows = _some_rows(workspace, each.data)
+            if not rows:
+                continue
+            if isinstance(reward, FunctionReward):
+                tried(reward, rows, timeout=timeout)
+            elif isinstance(reward, NamedReward):
+                require_columns(reward, rows)
+
+
+def _some_rows(workspace: Workspace, data: NamedData | BlobData, n: int = 3) -> list[dict[str, Any]]:
+    if isinstance(data, NamedData):
+        return list(workspace.dataset(data.name).rows[:n])
+    return workspace.store.get_rows(data.content_hash)[:n]
 
 
 def submit(workspace: Workspace, spec: RunSpec) -> Run:

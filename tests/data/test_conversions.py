@@ -45,6 +45,19 @@ def test_transcripts_become_chat_messages():
     assert rows == [{"prompt": "plain"}] and dropped == {"not a transcript that waits for the Assistant": 1}
 
 
+def test_prompts_keep_what_a_verifier_reads_and_no_completion():
+    rows = [
+        {"prompt": "2+2", "completion": "2+2=4 #### 4", "answer": "4", "level": 1},
+        {"prompt": " 2+2", "completion": "five", "answer": "5"},
+        {"prompt": "1+1", "completion": "two", "answer": "2"},
+    ]
+    prompts, dropped = convert(rows, "demonstrations", "prompts")
+    assert prompts == [{"prompt": "2+2", "answer": "4", "level": 1}, {"prompt": "1+1", "answer": "2"}]
+    assert dropped == {"repeated prompt": 1}
+    pairs = [{"prompt": "p", "chosen": "c", "rejected": "r", "tests": ["assert True"]}]
+    assert convert(pairs, "pairs", "prompts")[0] == [{"prompt": "p", "tests": ["assert True"]}]
+
+
 def test_the_same_kind_is_left_as_it_is():
     rows = [{"prompt": "p"}]
     assert convert(rows, "prompts", "prompts") == (rows, {})

@@ -114,7 +114,16 @@ CHAT_PAIR = {"prompt": [USER], "chosen": "good", "rejected": "bad"}
             "demonstrations",
             {"prompt": "hi", "completion": "good"},
         ),
-        ({"question": "hi", "answer": 42}, "demonstrations", {"prompt": "hi", "completion": "42"}),
+        (
+            {"question": "hi", "answer": 42},
+            "demonstrations",
+            {"prompt": "hi", "completion": "42", "answer": 42},
+        ),
+        (
+            {"problem": "hi", "solution": "good", "answer": "g", "level": 2},
+            "demonstrations",
+            {"prompt": "hi", "completion": "good", "answer": "g", "level": 2},
+        ),
         ({"messages": [USER, GOOD]}, "demonstrations", {"prompt": [USER], "completion": "good"}),
         ({"prompt": [USER], "completion": [GOOD]}, "demonstrations", {"prompt": [USER], "completion": "good"}),
         ({"messages": [USER]}, "prompts", {"prompt": [USER]}),

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_nb.errors import NotFoundError, RewardError
+from rlhf_nb.errors import NotFoundError, RewardError, SpecError
 from rlhf_nb.protocol.spec import FunctionReward, NamedReward
-from rlhf_nb.rewards.functions import from_reference
+from rlhf_nb.rewards.functions import from_reference, named
 
 HEAD = "def f(prompts, completions, **columns):\n"
 
@@ -72,3 +72,42 @@ def test_a_numpy_scalar_list_is_taken():
     assert from_reference(
         FunctionReward(name="mine", source=HEAD + "    import numpy\n    return [numpy.float32(0.5)]")
     )(["p"], ["c"]) == [float(np.float32(0.5))]
+
+
+def test_a_missing_column_is_one_line_that_names_it():
+    source = "def f(prompts, completions, answer, **columns):\n    return [1.0 for _ in completions]"
+    for reward, name in (
+        (from_reference(FunctionReward(name="mine", source=source)), "mine"),
+        (from_reference(NamedReward(name="exact-match")), "exact-match"),
+    ):
+        with pytest.raises(RewardError) as caught:
+            reward(["p"], ["c"], level=[1], subject=["x"])
+        assert str(caught.value) == (
+            f"reward {name}: the rows have no column answer; they have level, subject: import prompts with that column"
+        )
+
+
+def test_options_are_written_out_and_no_column_sets_one():
+    reward = named("exact-match", {})
+    assert reward.config == {"ignore_case": False}
+    assert from_reference(reward)(["p"], ["A"], answer=["a"], ignore_case=[True]) == [0.0]
+    assert from_reference(named("exact-match", {"ignore_case": True}))(["p"], ["A"], answer=["a"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "line"),
+    [
+        (
+            "exact-match",
+            {"ignorecase": True},
+            'no option ignorecase; did you mean "ignore_case"?  its options: ignore_case',
+        ),
+        ("toy-true", {"x": 1}, "no option x  it has no options"),
+        ("numeric", {"tolerance": "big"}, "tolerance='big': input should be a valid number"),
+        ("regex", {"match": "all"}, "match='all': input should be 'search' or 'full'"),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line(name, config, line):
+    with pytest.raises(SpecError) as caught:
+        named(name, config)
+    assert str(caught.value) == f"reward {name}: {line}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import rlhf_nb as rl
-from rlhf_nb.errors import DataError, SpecError
+from rlhf_nb.errors import DataError, NotFoundError, SpecError
 from rlhf_nb.stages.resolve import resolve_data, resolve_reward
 
 
@@ -39,6 +41,13 @@ def test_rewards_are_named_as_a_list_as_a_dict_and_as_text(ws):
     assert resolve_reward(ws, ["flat"], verb="ppo") == resolve_reward(ws, "flat", verb="ppo")
 
 
+def test_demonstrations_as_prompts_bring_their_answers_along(ws, tmp_path):
+    (tmp_path / "sums.jsonl").write_text('{"question": "1+1?", "answer": "so 2\\n#### 2"}\n')
+    data = ws.import_data(tmp_path / "sums.jsonl", name="sums")
+    kept = resolve_data(ws, data, verb="ppo", rows="prompts")
+    assert ws.store.get_rows(kept.content_hash) == [{"prompt": "1+1?", "answer": "so 2\n#### 2"}]
+
+
 def test_prompts_are_mixed_by_their_shares(ws):
     mine = ws.add_data([{"prompt": "p", "chosen": "a", "rejected": "b"}], name="mine", kind="pairs")
     mixed = resolve_data(ws, {"toy-prompts": 3, mine.name: 1}, verb="ppo", rows="prompts")
@@ -48,3 +57,32 @@ def test_prompts_are_mixed_by_their_shares(ws):
             resolve_data(ws, bad, verb="ppo", rows="prompts")
     with pytest.raises(SpecError, match="only prompts are drawn in shares"):
         resolve_data(ws, {"toy-pairs": 1, "mine": 1}, verb="dpo", rows="pairs")
+
+
+def test_a_reward_is_written_with_its_options(ws):
+    def read(text):
+        return resolve_reward(ws, text, verb="ppo")
+
+    assert read("math-answer").config == {"timeout": 3}
+    assert read('regex(pattern="^(yes|no), =x\\\\)$", match="full")').config == {
+        "pattern": r"^(yes|no), =x\)$",
+        "match": "full",
+        "timeout": 1.0,
+    }
+    several = read('json-schema(schema={"type": "object"})=0.5, numeric, toy-true=2')
+    assert [(part.name, part.weight) for part in several.parts] == [
+        ("json-schema", 0.5),
+        ("numeric", 1.0),
+        ("toy-true", 2.0),
+    ]
+    assert several.parts[0].reward.config["schema"] == {"type": "object"}
+    for bad, says in (
+        ("regex(pattern=open)", "options are written as in Python"),
+        ('regex("x")', "options are written as in Python"),
+        ('regex(pattern="x', "options are written as in Python"),
+        ('regex(pattern="x") toy-true, flat', "'toy-true' after regex"),
+        ("regexp(pattern='x')", 'did you mean "regex"'),
+    ):
+        with pytest.raises((SpecError, NotFoundError), match=re.escape(says)) as caught:
+            read(bad)
+        assert "\n" not in str(caught.value)

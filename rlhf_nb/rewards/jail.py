@@ -1,0 +1,278 @@
+"""The inside of the sandbox: a program of its own that locks itself in and then runs source it does not trust.
+
+    python -I -S jail.py SETTINGS < source
+
+`sandbox.py` starts it with an empty environment and no descriptor but its pipes. It uses the standard library alone, so
+that nothing of ours is in the memory of what it runs. Isolated, it goes through user, mount, PID, network, IPC and UTS
+namespaces into a root of its own: the interpreter and the system's libraries to read, `/work` to write, four harmless
+devices, no /proc, no network. Exit status 125 means that the walls could not be built; the reason is on stderr.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any, NoReturn
+
+NOT_BUILT = 125
+NOBODY = 65534
+CHANNEL = "RLHF_CHANNEL"
+"""Global of the source: the number of the descriptor that it may talk through, or None."""
+
+PRIVATE, RECURSIVE, BIND, NO_SUID, NO_DEV = 1 << 18, 1 << 14, 1 << 12, 1 << 1, 1 << 2
+NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000
+"""User, mount, PID, network, IPC, UTS."""
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+MOUNT_SETATTR = 442
+DETACH = 2
+PDEATHSIG, SET_DUMPABLE, CAPBSET_DROP, NO_NEW_PRIVS = 1, 4, 24, 38
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class NotBuilt(Exception):
+    """A wall that this system does not let us build."""
+
+
+def call(what: str, result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise NotBuilt(f"{what}: {os.strerror(number)}")
+    return result
+
+
+def write(path: str, text: str) -> None:
+    try:
+        with open(path, "w") as file:
+            file.write(text)
+    except OSError as error:
+        raise NotBuilt(f"{path}: {error.strerror}") from None
+
+
+def die_with_parent() -> None:
+    call("prctl", libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+
+
+def enter_namespaces() -> None:
+    """Own namespaces. Root becomes two users inside, itself to build the walls and nobody to live between them: the
+    limit on processes never binds root, whatever namespace it is in. Any other user is only nobody."""
+    uid, gid, me = os.getuid(), os.getgid(), os.getpid()
+    if uid != 0:
+        call("unshare", libc.unshare(NAMESPACES))
+        write("/proc/self/uid_map", f"{NOBODY} {uid} 1")
+        write("/proc/self/setgroups", "deny")
+        write("/proc/self/gid_map", f"{NOBODY} {gid} 1")
+        return
+    # Only a process outside may map two users.
+    go_read, go_write = os.pipe()
+    helper = os.fork()
+    if helper == 0:
+        status = 1
+        try:
+            os.close(go_write)
+            if os.read(go_read, 1):
+                for kind in ("uid", "gid"):
+                    write(f"/proc/{me}/{kind}_map", f"0 0 1\n{NOBODY} {NOBODY} 1\n")
+                status = 0
+        finally:
+            os._exit(status)
+    try:
+        call("unshare", libc.unshare(NAMESPACES))
+        os.write(go_write, b"x")
+    finally:
+        os.close(go_write)
+        os.close(go_read)
+        failed = os.waitpid(helper, 0)[1]
+    if failed:
+        raise NotBuilt("uid_map: Operation not permitted")
+
+
+def close_kernel_doors() -> None:
+    """No further user namespaces, in which all capabilities would be had again, and no System V memory, which no limit
+    counts. A kernel that gives these settings to nobody but real root leaves them as they are."""
+    for name in ("user/max_user_namespaces", "kernel/shmall", "kernel/shmmni", "kernel/msgmni"):
+        try:
+            write(f"/proc/sys/{name}", "0")
+        except NotBuilt:
+            continue
+
+
+class MountAttributes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns_fd")]
+
+
+def read_only(path: str, *, recursive: bool) -> None:
+    attributes = MountAttributes(set=0x1 | 0x2)  # read-only, no set-uid
+    at = 0x8000 if recursive else 0
+    size = ctypes.sizeof(attributes)
+    call(
+        f"read-only {path}",
+        libc.syscall(MOUNT_SETATTR, -100, os.fsencode(path), at, ctypes.byref(attributes), ctypes.c_size_t(size)),
+    )
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    data = options.encode() if options else None
+    call(
+        f"mount {target}",
+        libc.mount(source.encode(), os.fsencode(target), kind and kind.encode(), ctypes.c_ulong(flags), data),
+    )
+
+
+def build_root(visible: list[str], work_bytes: int) -> None:
+    """A root of our own: `visible` to read, /work to write, and nothing else."""
+    number = PIVOT_ROOT.get(os.uname().machine)
+    if number is None:
+        raise NotBuilt(f"pivot_root on {os.uname().machine} is not known here")
+    mount("none", "/", None, PRIVATE | RECURSIVE)
+    # It stands on /proc, which nothing needs from here on; any other directory might hold the interpreter.
+    root = "/proc"
+    mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEV, "size=1m,mode=755")
+    for path in visible:
+        inside = root + path
+        if os.path.islink(path):
+            os.makedirs(os.path.dirname(inside), exist_ok=True)
+            os.symlink(os.readlink(path), inside)
+            continue
+        if os.path.isdir(path):
+            os.makedirs(inside, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(inside), exist_ok=True)
+            open(inside, "w").close()
+        mount(path, inside, None, BIND | RECURSIVE)
+        read_only(inside, recursive=True)
+    os.mkdir(f"{root}/dev")
+    for name in ("null", "zero", "random", "urandom"):
+        open(f"{root}/dev/{name}", "w").close()
+        mount(f"/dev/{name}", f"{root}/dev/{name}", None, BIND)
+    os.mkdir(f"{root}/work")
+    mount("tmpfs", f"{root}/work", "tmpfs", NO_SUID | NO_DEV, f"size={work_bytes},nr_inodes=1000,mode=777")
+    os.symlink("work", f"{root}/tmp")
+    read_only(root, recursive=False)
+    os.chdir(root)
+    call("pivot_root", libc.syscall(number, b".", b"."))
+    call("umount", libc.umount2(b".", DETACH))
+    os.chdir("/work")
+
+
+class CapHeader(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+def drop_privileges() -> None:
+    """No capability, now or after an exec; root becomes nobody, whom a limit on processes binds."""
+    for capability in range(64):
+        if libc.prctl(CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            break
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    header, nothing = CapHeader(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    call("capset", libc.capset(ctypes.byref(header), ctypes.byref(nothing)))
+    call("prctl", libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def limit(settings: dict[str, Any]) -> None:
+    for name, value in (
+        (resource.RLIMIT_AS, settings["memory_bytes"]),
+        (resource.RLIMIT_FSIZE, settings["file_bytes"]),
+        (resource.RLIMIT_NOFILE, settings["open_files"]),
+        (resource.RLIMIT_NPROC, settings["processes"]),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        resource.setrlimit(name, (value, value))
+    # The soft limit can be caught, the hard one kills.
+    resource.setrlimit(resource.RLIMIT_CPU, (settings["cpu_s"], settings["cpu_s"] + 1))
+
+
+def close_descriptors(keep: int | None) -> None:
+    low = 3
+    if keep is not None:
+        os.closerange(3, keep)
+        low = keep + 1
+    os.closerange(low, 65536)
+
+
+def execute(source: str, channel: int | None) -> NoReturn:
+    """Run the source as `__main__` and end as a script would."""
+    namespace = {"__name__": "__main__", "__builtins__": __builtins__, CHANNEL: channel}
+    status = 0
+    try:
+        exec(compile(source, "<sandbox>", "exec"), namespace)
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException as error:  # noqa: BLE001 - whatever it was, the process ends with it
+        status = 1
+        message = "".join(str(error)[:1000].splitlines()[:1])
+        print(f"{type(error).__name__}: {message}", file=sys.stderr)
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
+        os._exit(status if 0 <= status < NOT_BUILT else 1)
+
+
+def wait_for(child: int, *, trusted: bool) -> int:
+    """Reap until the child ends; its exit status, or 128 + the signal that ended it. What is not trusted cannot claim
+    either that the walls were not built or that a signal ended it."""
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            if os.WIFSIGNALED(status):
+                return 128 + os.WTERMSIG(status)
+            code = os.WEXITSTATUS(status)
+            return code if trusted or code < NOT_BUILT else 1
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    channel = settings["channel"]
+    die_with_parent()
+    if os.getppid() != settings["parent"]:
+        os._exit(NOT_BUILT)
+    source = sys.stdin.buffer.read().decode("utf-8", "replace")
+    isolated = settings["isolated"]
+    if isolated:
+        try:
+            enter_namespaces()
+            close_kernel_doors()
+            build_root(settings["visible"], settings["work_bytes"])
+        except (NotBuilt, OSError) as error:
+            print(error, file=sys.stderr)
+            os._exit(NOT_BUILT)
+    # The first child of a PID namespace is its init: with it, everything inside ends.
+    init = os.fork()
+    if init:
+        close_descriptors(None)
+        os._exit(wait_for(init, trusted=True))
+    try:
+        drop_privileges()
+        die_with_parent()
+        # Nobody else who is nobody may look into init or stop it.
+        call("prctl", libc.prctl(SET_DUMPABLE, 0, 0, 0, 0))
+        os.listdir(os.path.dirname(os.__file__))
+    except (NotBuilt, OSError) as error:
+        print(error, file=sys.stderr)
+        os._exit(NOT_BUILT)
+    worker = os.fork()
+    if worker:
+        close_descriptors(None)
+        os._exit(wait_for(worker, trusted=False))
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+    close_descriptors(channel)
+    os.setsid()
+    limit(settings)
+    execute(source, channel)
+
+
+if __name__ == "__main__":
+    main()

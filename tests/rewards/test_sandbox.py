@@ -1,0 +1,303 @@
+"""What is locked in stays in: each attack of a hostile completion is tried, and does not succeed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhf_nb.errors import UnavailableError
+from rlhf_nb.rewards import sandbox
+from rlhf_nb.rewards.sandbox import Jail, Limits
+
+SHORT = Limits(wall_s=3.0, cpu_s=1)
+
+try:
+    WHY_NOT = sandbox.require("isolated") and ""
+except UnavailableError as refusal:
+    WHY_NOT = str(refusal)
+isolated = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+
+def run(source: str, limits: Limits = SHORT) -> sandbox.Outcome:
+    return sandbox.run(textwrap.dedent(source), limits=limits)
+
+
+def jails() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if str(sandbox.JAIL) in (p.info["cmdline"] or [])]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    deadline = time.monotonic() + 5
+    while (left := jails()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+
+
+@isolated
+def test_a_script_runs_with_an_empty_environment_in_an_empty_directory():
+    done = run("import os, math; print(os.getcwd(), os.listdir(), sorted(os.environ), math.sqrt(4))")
+    assert (done.ended, done.status) == ("itself", 0)
+    # LC_CTYPE is the interpreter's own, set where an environment names no locale.
+    assert done.output.decode().strip() in ("/work [] ['LC_CTYPE'] 2.0", "/work [] [] 2.0")
+
+
+@isolated
+@pytest.mark.parametrize(
+    "source",
+    ["while True: pass", "import time; time.sleep(60)", "import os; os.close(1); os.close(2)\nwhile True: pass"],
+)
+def test_an_endless_loop_ends_at_its_limit(source):
+    done = run(source, Limits(wall_s=1.0, cpu_s=60))
+    assert done.ended == "time" and done.seconds < 2.5
+
+
+@isolated
+def test_cpu_time_ends_a_loop_that_ignores_the_signal():
+    done = run("import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", Limits(20.0, cpu_s=1))
+    assert done.ended == "killed" and done.seconds < 10
+
+
+@isolated
+def test_a_fork_bomb_gets_no_further_than_its_processes():
+    """Root too: RLIMIT_NPROC does not bind root, and binds the nobody that it is inside."""
+    done = run(
+        """
+        import os, time
+        made = 0
+        try:
+            while made < 500:
+                if os.fork() == 0:
+                    time.sleep(60)
+                made += 1
+        except OSError:
+            pass
+        print(made)
+        """
+    )
+    assert done.ended == "itself" and 0 < int(done.output) <= SHORT.processes
+
+
+@isolated
+def test_threads_count_as_processes():
+    start = "threading.stack_size(65536)\nfor _ in range(20): threading.Thread(target=time.sleep, args=(9,)).start()"
+    done = run(f"import threading, time\n{start}")
+    assert b"can't start new thread" in done.output
+
+
+@isolated
+def test_memory_and_file_bombs_end_at_their_limits():
+    assert b"MemoryError" in run("x = bytearray(1 << 34)").output
+    assert b"MemoryError" in run("x = []\nwhile True: x.append(bytearray(1 << 20))").output
+    big = "f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 20))"
+    assert b"File too large" in run(big).output or run(big).ended == "killed"
+    many = "i = 0\nwhile True:\n    open(str(i), 'wb').write(bytes(1 << 20)); i += 1"
+    assert b"No space left on device" in run(many).output
+
+
+@isolated
+def test_shared_memory_that_no_limit_counts_cannot_be_had():
+    done = run("import ctypes; print(ctypes.CDLL(None).shmget(0, 1 << 20, 0o1666))")
+    assert done.output.strip() == b"-1"
+
+
+@isolated
+def test_what_is_outside_can_neither_be_read_nor_written(tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("hunter2")
+    at_home = Path.home()
+    done = run(
+        f"""
+        import os
+        for act in (
+            lambda: open({str(secret)!r}).read(),
+            lambda: open({str(secret)!r}, "w"),
+            lambda: open("/etc/passwd").read(),
+            lambda: os.listdir({str(tmp_path)!r}),
+            lambda: os.listdir("/proc"),
+            lambda: open("/proc/1/environ").read(),
+            lambda: open("/usr/mine", "w"),
+            lambda: open("/mine", "w"),
+            lambda: os.listdir({str(at_home / ".ssh")!r}),
+            lambda: os.listdir({os.getcwd()!r}),
+        ):
+            try:
+                print("reached", str(act())[:50])
+            except OSError:
+                print("refused")
+        """
+    )
+    assert done.output.decode().split() == ["refused"] * 10
+    assert secret.read_text() == "hunter2"
+
+
+@isolated
+def test_there_is_no_network_not_even_this_machine():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        done = run(f"import socket; socket.create_connection({server.getsockname()!r}, timeout=1); print('reached')")
+        assert b"Network is unreachable" in done.output
+    # Abstract Unix sockets belong to the network namespace, and stand in no directory.
+    with socket.socket(socket.AF_UNIX) as server:
+        name = f"\0rlhf-{os.getpid()}"
+        server.bind(name)
+        server.listen()
+        done = run(f"import socket; socket.socket(socket.AF_UNIX).connect({name!r}); print('reached')")
+        assert b"ConnectionRefusedError" in done.output
+
+
+@isolated
+def test_huge_output_is_cut_and_ends_the_run():
+    done = run("while True: print('x' * 1000)")
+    assert done.ended == "output" and len(done.output) == SHORT.output_bytes
+
+
+@isolated
+def test_a_daemon_dies_with_the_run():
+    done = run(
+        """
+        import os, time
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(1000)
+            os._exit(0)
+        """
+    )
+    assert (done.ended, done.status) == ("itself", 0)  # the fixture sees that nothing is left
+
+
+@isolated
+def test_signals_reach_nobody_outside():
+    done = run(
+        f"""
+        import os, signal
+        for pid in ({os.getpid()}, {os.getppid()}, os.getppid(), 1, -1):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+        print("still here")
+        """
+    )
+    assert done.output.strip() == b"still here"
+
+
+@isolated
+def test_privileges_cannot_be_had_back():
+    done = run(
+        """
+        import ctypes, os
+        libc = ctypes.CDLL(None)
+        print(os.getuid(), libc.unshare(0x10000000), libc.setuid(0), libc.mount(b"none", b"/work", b"tmpfs", 0, None))
+        """
+    )
+    assert done.output.split() == [b"65534", b"-1", b"-1", b"-1"]
+
+
+@isolated
+def test_nothing_is_inherited_but_the_channel(tmp_path):
+    kept = (tmp_path / "open.txt").open("w")
+    os.set_inheritable(kept.fileno(), True)
+    here, there = socket.socketpair()
+    source = """
+import os
+live = []
+for fd in range(256):
+    try:
+        live.append((os.fstat(fd), fd)[1])
+    except OSError:
+        pass
+print(live, RLHF_CHANNEL)
+"""
+    with here, there, Jail(source, channel=there) as jail:
+        assert jail.wait().output.decode().strip() == f"[0, 1, 2, {there.fileno()}] {there.fileno()}"
+    kept.close()
+
+
+@isolated
+def test_it_dies_with_whoever_asked():
+    code = "from rlhf_nb.rewards import sandbox as s\ns.run('import time; time.sleep(60)', limits=s.Limits(wall_s=60))"
+    asker = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 20
+    # Two jails come and go while the level is found out; the third stays.
+    while not any(p.create_time() < time.time() - 1 for p in jails()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert jails()
+    asker.kill()
+    asker.wait()
+
+
+@isolated
+def test_a_run_cannot_say_that_it_was_not_run():
+    assert run(f"import os; os._exit({sandbox.NOT_BUILT})").status == 1
+    assert run("import os; os._exit(137)").ended == "itself"
+
+
+@isolated
+def test_many_run_at_once():
+    outcomes: list[sandbox.Outcome] = []
+    source = "import threading, time; threading.Thread(target=time.sleep, args=(0.2,)).start(); print(1)"
+    threads = [threading.Thread(target=lambda: outcomes.append(run(source, Limits()))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [(o.status, o.output.strip()) for o in outcomes] == [(0, b"1")] * 8
+
+
+def test_code_is_refused_where_it_cannot_be_isolated(monkeypatch):
+    def missing(level: str) -> str:
+        return "unshare: Operation not permitted" if level == "isolated" else ""
+
+    monkeypatch.setattr(sandbox, "_missing", missing)
+    with pytest.raises(UnavailableError) as refused:
+        sandbox.run("print(1)")
+    assert str(refused.value).startswith('sandbox="isolated": unshare: Operation not permitted; allow ')
+    assert 'sandbox="weak"' in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux")
+def test_a_wall_that_cannot_be_built_is_named(monkeypatch):
+    sandbox._missing.cache_clear()
+    monkeypatch.setattr(sandbox, "_visible", lambda: ["/no-such-directory"])
+    try:
+        with pytest.raises(UnavailableError, match=r'^sandbox="isolated": .+: .+; allow unprivileged user namespaces'):
+            sandbox.require("isolated")
+    finally:
+        sandbox._missing.cache_clear()
+
+
+@pytest.fixture
+def weak(monkeypatch):
+    """An interpreter that every user may read: root's own may be in its home."""
+    if os.getuid() == 0 and Path("/usr/bin/python3").exists():
+        monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    sandbox._missing.cache_clear()
+    try:
+        sandbox.require("weak")
+    except UnavailableError as refusal:
+        pytest.skip(str(refusal))
+    yield
+    sandbox._missing.cache_clear()
+
+
+def test_weak_keeps_the_limits_and_starts_no_process(weak):
+    def weakly(source: str) -> sandbox.Outcome:
+        return sandbox.run(source, level="weak", limits=Limits(wall_s=1.5, cpu_s=1, processes=0))
+
+    assert weakly("import os; print(sorted(set(os.environ) - {'LC_CTYPE'}), os.getuid() != 0)").output == b"[] True\n"
+    assert weakly("while True: pass").ended in ("time", "killed")
+    assert b"Resource temporarily unavailable" in weakly("import os\nwhile True: os.fork()").output
+    assert b"MemoryError" in weakly("x = bytearray(1 << 34)").output
+    here = weakly("import os; open('mine', 'w').write('x'); print(os.getcwd())").output.decode().strip()
+    assert here.startswith("/") and not Path(here).exists()
