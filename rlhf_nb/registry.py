@@ -73,7 +73,8 @@ rewards = Registry(
         "unit-tests": "rlhf_nb.rewards.unit_tests:unit_tests",
     },
 )
-"""Reward functions `f(prompts, completions, **columns) -> list[float]`."""
+"""Reward functions `f(prompts, completions, **columns) -> list[float]`. Keyword-only parameters are the spec's options,
+which no column can set."""
 
 launchers = Registry(
     "launcher",

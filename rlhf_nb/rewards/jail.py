@@ -187,9 +187,17 @@ def limit(settings: dict[str, Any]) -> None:
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
-        resource.setrlimit(name, (value, value))
+        set_limit(name, value, value)
     # The soft limit can be caught, the hard one kills.
-    resource.setrlimit(resource.RLIMIT_CPU, (settings["cpu_s"], settings["cpu_s"] + 1))
+    set_limit(resource.RLIMIT_CPU, settings["cpu_s"], settings["cpu_s"] + 1)
+
+
+def set_limit(name: int, soft: int, hard: int) -> None:
+    """Never above what whoever asked has: raising that is not allowed."""
+    top = resource.getrlimit(name)[1]
+    if top != resource.RLIM_INFINITY:
+        soft, hard = min(soft, top), min(hard, top)
+    resource.setrlimit(name, (soft, hard))
 
 
 def close_descriptors(keep: int | None) -> None:

@@ -4,7 +4,7 @@ Every run is a process of its own (`jail.py`): empty environment, no descriptor 
 time, memory, processes, open files and what it writes, killed whole when its time is up or when whoever asked dies.
 
 isolated  Beside that: namespaces for users, mounts, processes, network, IPC and host name; no capability; user nobody.
-          Seen: the interpreter's own installation, /usr and the system's libraries, read-only; an empty /work of
+          Seen: the interpreter's own libraries, /usr and the system's libraries, read-only; an empty /work of
           `work_bytes`, gone with the run; /dev/null, zero, random, urandom. Not seen: anything else, /proc among it; no
           network. Linux ≥ 5.14 with user namespaces. There is no seccomp filter: the kernel's system calls stay open to
           a process that has no privilege.
@@ -221,8 +221,9 @@ class Jail:
 
 
 def _visible() -> list[str]:
-    """What the interpreter needs to run, each path once."""
-    wanted = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", sys.base_prefix, sys.base_exec_prefix]
+    """What the interpreter needs to run, each path once. Not its prefix: that may be a home directory, or /."""
+    own = [os.path.join(prefix, "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix)]
+    wanted = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *own, os.path.dirname(os.__file__)]
     kept: list[str] = []
     for path in wanted:
         inside = any(Path(path).is_relative_to(other) for other in kept)

@@ -141,6 +141,22 @@ def test_what_is_outside_can_neither_be_read_nor_written(tmp_path):
     assert secret.read_text() == "hunter2"
 
 
+def test_an_interpreter_that_is_installed_in_a_home_shows_only_its_libraries(monkeypatch, tmp_path):
+    (tmp_path / "lib").mkdir()
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "base_exec_prefix", "/")
+    shown = sandbox._visible()
+    assert str(tmp_path / "lib") in shown and not {str(tmp_path), "/"} & set(shown)
+
+
+@isolated
+def test_limits_below_ours_stay_in_force():
+    code = 'from rlhf_nb.rewards import sandbox as s; print(s.run(\'open("f", "wb").write(bytes(50000)); print(1)\'))'
+    lowered = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (4096, 4096)); {code}"
+    done = subprocess.run([sys.executable, "-c", lowered], capture_output=True, text=True)
+    assert "File too large" in done.stdout, done.stderr
+
+
 @isolated
 def test_there_is_no_network_not_even_this_machine():
     with socket.create_server(("127.0.0.1", 0)) as server:
