@@ -2,7 +2,8 @@
 
 Zhou et al. 2023, arXiv:2311.07911. Each check is named after its instruction and takes its keyword arguments, so that
 IFEval's own rows, and any like them, are prompts with a reward. Three of the paper's tools are others here: languages
-are told by py3langid, sentences end where `sentences` says, words are runs of letters and digits.
+are told by py3langid, sentences end where `sentences` says, words in capitals keep their hyphens. And a `letter` that
+is none, # in some rows, is counted as it stands, where the paper's code puts a random one in its place.
 """
 
 from __future__ import annotations
