@@ -60,6 +60,11 @@ def accelerator(use_cpu: bool, method: PPO, spec: RunSpec) -> Accelerator:
             f"{method.name}: value_model=own stands on the policy's weights under an adapter, and FSDP shards no "
             f"weight for two; use value_model=policy_trunk"
         )
+    if method.rollout_backend != "transformers":
+        raise SpecError(
+            f"{method.name}: rollout_backend={method.rollout_backend} takes whole weights from one rank, and FSDP "
+            f"shards them; use rollout_backend=transformers, or --multi_gpu"
+        )
     if method.reference == "ema":
         raise SpecError(
             f"{method.name}: reference=ema averages whole models and FSDP shards them; use reference=frozen"

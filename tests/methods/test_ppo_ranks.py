@@ -269,6 +269,7 @@ def test_weights_sharded_over_two_ranks_train_as_whole_ones_do(ranks, knobs, ada
         (1, {}, None, "use fsdp_version 2, or --multi_gpu"),
         (2, {}, LoRA(r=4), "use value_model=policy_trunk"),
         (2, {"reference": "ema"}, None, "use reference=frozen"),
+        (2, {"rollout_backend": "vllm_server", "vllm_url": "http://127.0.0.1:9"}, None, "use rollout_backend=transf"),
     ],
 )
 def test_a_sharding_that_the_loop_cannot_follow_is_refused_in_one_line(ranks, version, knobs, adapter, reason):
