@@ -54,6 +54,11 @@ methods = Registry(
         "orpo": "rlhf_nb.methods.orpo:ORPO",
         "simpo": "rlhf_nb.methods.simpo:SimPO",
         "ppo": "rlhf_nb.methods.ppo:PPO",
+        "grpo": "rlhf_nb.methods.grpo:GRPO",
+        "dr-grpo": "rlhf_nb.methods.grpo:DrGRPO",
+        "gspo": "rlhf_nb.methods.grpo:GSPO",
+        "dapo": "rlhf_nb.methods.grpo:DAPO",
+        "rloo": "rlhf_nb.methods.rloo:RLOO",
         "evaluate": "rlhf_nb.evaluation.accuracy:Evaluate",
     },
 )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_nb import registry
 from rlhf_nb.errors import (
     ComputeError,
     RunFailedError,
@@ -284,15 +285,18 @@ class Run:
                 the sample carries them.
 
         Raises:
-            SpecError: Not kl_coef, or a value that is not above 0.
+            SpecError: Not the run's tether (`kl_coef` of ppo, `beta` of rloo), or a value that is not above 0.
             UnavailableError (from `.wait()`): Too far from what the policy says now to be predicted.
         """
-        if name != "kl_coef":
-            raise SpecError(f'{self.id}: "{name}" cannot be previewed; kl_coef can')
+        method = registry.methods.get(self.spec.method)
+        tethers = [live.name for live in method.live if live.can_preview]
+        if name not in tethers:
+            which = f"{' and '.join(tethers)} can" if tethers else f"nothing in {method.name} can"
+            raise SpecError(f'{self.id}: "{name}" cannot be previewed; {which}')
         if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise SpecError(f"{self.id}: kl_coef={value!r}: a preview needs a tether, a number above 0")
+            raise SpecError(f"{self.id}: {name}={value!r}: a preview needs a tether, a number above 0")
         wanted = [float(one) for one in values] or [float(value)]
-        return self._ask(controls.Preview(values=wanted, prompts=prompts, samples=samples))
+        return self._ask(controls.Preview(name=name, values=wanted, prompts=prompts, samples=samples))
 
     def resume(self) -> Pending | Run:
         """Continue a paused run; restart a failed or stopped one from its last checkpoint."""

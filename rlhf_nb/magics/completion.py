@@ -53,7 +53,7 @@ def candidates(before: list[str]) -> list[str]:
         if len(before) == 1:
             return _runs()
         if verb == "preview":
-            return ["kl_coef=", *words.flags()]
+            return [*(f"{name}=" for name in _tethers(before[1])), *words.flags()]
         if verb != "set":
             return words.flags()
         return [*(f"{name}=" for name in _coefficients(before[1])), *_slots(before[1])]
@@ -97,6 +97,13 @@ def _slots(run_id: str) -> list[str]:
         return []
     names = [part.name for part in reward_parts(ws.spec(run_id).reward)]
     return [f"reward/{name}=" for name in names] if len(names) > 1 else ["reward="] * len(names)
+
+
+def _tethers(run_id: str) -> list[str]:
+    ws = _open()
+    if ws is None or run_id not in ws.run_ids():
+        return []
+    return [live.name for live in registry.methods.get(ws.spec(run_id).method).live if live.can_preview]
 
 
 def _coefficients(run_id: str) -> list[str]:

@@ -139,7 +139,7 @@ _VERBS: dict[str, Callable[[], Words]] = {
     ),
     "preview": _make(
         "preview",
-        "Where the run would settle with another kl_coef; nothing is changed.",
+        "Where the run would settle with another kl_coef (beta of rloo); nothing is changed.",
         _arg("run", metavar="RUN"),
         _arg("assignments", nargs="+", metavar="kl_coef=value"),
         _arg("--prompts", type=int, default=8),

@@ -117,3 +117,29 @@ def group_advantages(rewards_PG: Tensor, *, scale: Literal["none", "std"] = "std
         smallest = torch.finfo(rewards_PG.dtype).eps * filled_PG.abs().amax(1, keepdim=True)
         centred_PG = torch.where(std_P1 > 4 * smallest, centred_PG / std_P1.clamp(min=1e-12), 0.0)
     return centred_PG.masked_fill(~scored_PG, float("nan"))
+
+
+def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:
+    """Each completion's reward less the mean of the others' for the same prompt: G/(G − 1) times the centred one.
+
+    RLOO, Ahmadian et al. 2024, arXiv:2402.14740, §3.3; Kool et al. 2019.
+
+    Args:
+        rewards_PG: (P, G) float, finite, any unit.
+
+    Returns:
+        (P, G). Rows sum to 0.
+
+    Raises:
+        ShapeError: G < 2, where there are no others.
+    """
+    if rewards_PG.ndim != 2 or rewards_PG.shape[1] < 2:
+        raise ShapeError(f"rewards have shape {tuple(rewards_PG.shape)}; leaving one out needs (P, G) with G ≥ 2")
+    G = rewards_PG.shape[1]
+    return (rewards_PG - rewards_PG.mean(1, keepdim=True)) * (G / (G - 1))
+
+
+def flat_groups(rewards_PG: Tensor) -> Tensor:
+    """(P,) bool: groups whose rewards are all one, up to rounding: every advantage in them is 0."""
+    spread_P = rewards_PG.amax(1) - rewards_PG.amin(1)
+    return spread_P <= 4 * torch.finfo(rewards_PG.dtype).eps * rewards_PG.abs().amax(1)

@@ -22,11 +22,17 @@ class Clipped:
 
 
 def clipped_policy_loss(
-    logprobs_BT: Tensor, behavior_logprobs_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, *, cliprange: float
+    logprobs_BT: Tensor,
+    behavior_logprobs_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    cliprange: float,
+    cliprange_high: float | None = None,
 ) -> Clipped:
     """PPO's surrogate, negated: max(−ρA, −clip(ρ, 1−ε, 1+ε)·A) with ρ = exp(log π − log π_behavior).
 
-    Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+    Schulman et al. 2017, arXiv:1707.06347, eq. 7; with two ranges DAPO's, Yu et al. 2025, arXiv:2503.14476, eq. 8.
 
     Args:
         logprobs_BT: (B, T) nats, of the policy in training; gradients flow here only.
@@ -34,6 +40,7 @@ def clipped_policy_loss(
         advantages_BT: (B, T).
         mask_BT: (B, T) bool.
         cliprange: ε > 0.
+        cliprange_high: ε above 1, where it is another one than below.
 
     Raises:
         ShapeError: The shapes differ, or the mask is not bool.
@@ -46,8 +53,51 @@ def clipped_policy_loss(
     behavior_BT, advantages_BT = fill(behavior_logprobs_BT, mask_BT).detach(), fill(advantages_BT, mask_BT).detach()
     ratio_BT = torch.exp(fill(logprobs_BT, mask_BT) - behavior_BT)
     plain_BT = -advantages_BT * ratio_BT
-    clipped_BT = -advantages_BT * ratio_BT.clamp(1 - cliprange, 1 + cliprange)
+    high = cliprange if cliprange_high is None else cliprange_high
+    clipped_BT = -advantages_BT * ratio_BT.clamp(1 - cliprange, 1 + high)
     return Clipped(fill(torch.maximum(plain_BT, clipped_BT), mask_BT), (clipped_BT > plain_BT) & mask_BT)
+
+
+def clipped_sequence_loss(
+    logprobs_BT: Tensor,
+    behavior_logprobs_BT: Tensor,
+    advantages_B: Tensor,
+    mask_BT: Tensor,
+    *,
+    cliprange: float,
+    cliprange_high: float | None = None,
+    length_normalised: bool,
+) -> Clipped:
+    """The clipped surrogate with one ratio a completion, which is then the action.
+
+    `length_normalised`: ρ = exp(mean over tokens of log π − log π_behavior), GSPO, Zheng et al. 2025, arXiv:2507.18071,
+    eqs. 5 and 7. Else ρ = π(y|x)/π_behavior(y|x), as RLOO has it, Ahmadian et al. 2024, arXiv:2402.14740.
+
+    Args:
+        logprobs_BT: (B, T) nats, of the policy in training; gradients flow here only.
+        behavior_logprobs_BT: (B, T) nats, of the policy that sampled, at the same temperature.
+        advantages_B: (B,).
+        mask_BT: (B, T) bool.
+        cliprange: ε > 0.
+        cliprange_high: ε above 1, where it is another one than below.
+
+    Returns:
+        `loss_BT`: each token carries its completion's loss whole, so that a mean over a row's tokens is that loss.
+
+    Raises:
+        ShapeError: The shapes differ, or the mask is not bool.
+    """
+    check_mask(logprobs_BT, mask_BT)
+    if advantages_B.shape != mask_BT.shape[:1]:
+        raise ShapeError(f"advantages have shape {tuple(advantages_B.shape)} for {mask_BT.shape[0]} completions")
+    log_ratio_B = (fill(logprobs_BT, mask_BT) - fill(behavior_logprobs_BT, mask_BT).detach()).sum(1)
+    if length_normalised:
+        log_ratio_B = log_ratio_B / mask_BT.sum(1).clamp(min=1)
+    ratio_B, advantages_B = log_ratio_B.exp(), advantages_B.detach()
+    high = cliprange if cliprange_high is None else cliprange_high
+    plain_B, near_B = -advantages_B * ratio_B, -advantages_B * ratio_B.clamp(1 - cliprange, 1 + high)
+    loss_BT = torch.maximum(plain_B, near_B)[:, None].expand(mask_BT.shape)
+    return Clipped(fill(loss_BT, mask_BT), (near_B > plain_B)[:, None] & mask_BT)
 
 
 def clipped_value_loss(

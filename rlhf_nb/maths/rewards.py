@@ -50,3 +50,25 @@ def preference_as_reward(score_B: Tensor, reference_score_BR: Tensor) -> Tensor:
     if reference_score_BR.ndim != 2 or len(reference_score_BR) != len(score_B) or not reference_score_BR.shape[1]:
         raise ShapeError(f"reference scores have shape {tuple(reference_score_BR.shape)} for {len(score_B)} scores")
     return torch.sigmoid(score_B[:, None] - reference_score_BR).mean(1)
+
+
+def overlong_penalty(lengths_B: Tensor, *, limit: int, cache: int) -> Tensor:
+    """DAPO's soft overlong punishment: 0 up to limit − cache tokens, then falling linearly to −1 at the limit.
+
+    Yu et al. 2025, arXiv:2503.14476, eq. 13.
+
+    Args:
+        lengths_B: (B,) tokens of each completion.
+        limit: Tokens a completion may have.
+        cache: Tokens before the limit in which the punishment grows; 1 ≤ cache ≤ limit.
+
+    Returns:
+        (B,) float, in [−1, 0].
+
+    Raises:
+        ShapeError: The cache does not fit the limit.
+    """
+    if not 1 <= cache <= limit:
+        raise ShapeError(f"cache={cache} tokens before a limit of {limit}: it is between 1 and the limit")
+    over_B = lengths_B.to(torch.float32) - (limit - cache)
+    return -(over_B / cache).clamp(0.0, 1.0)

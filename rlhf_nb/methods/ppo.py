@@ -20,19 +20,26 @@ One rollout: sample completions of `rollout_batch_size` prompts, score them, giv
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf_nb.errors import SpecError
-from rlhf_nb.methods.base import LEARNING_RATE, LiveCoefficient, Method, Trainer
-from rlhf_nb.protocol.spec import reward_parts
+from rlhf_nb.methods.base import LEARNING_RATE, LiveCoefficient
+from rlhf_nb.methods.online import (
+    ENTROPY,
+    LENGTH_PENALTY,
+    PRETRAINING,
+    REWARD_STD,
+    TEMPERATURE,
+    OnlineMethod,
+    kl_penalty,
+    without_reference,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rlhf_nb.protocol.spec import RunSpec
-    from rlhf_nb.training.context import Context
     from rlhf_nb.training.online_types import Credit, Live, Minibatch, Outputs, Rollout, TokenLosses
 
 
@@ -57,26 +64,17 @@ def without_values(method: PPO) -> str | None:
     return "value_model=none: there is no value loss" if method.value_model == "none" else None
 
 
-def without_spread(method: PPO) -> str | None:
-    return None if method.combine_rewards == "mean_minus_std" else "only combine_rewards=mean_minus_std reads it"
-
-
-def without_reference(method: PPO) -> str | None:
-    return "reference=none: there is no reference to be held to" if method.reference == "none" else None
-
-
-class PPO(Method):
+class PPO(OnlineMethod):
     """Raise the reward of what the policy says, and pay for every nat it moves away from the reference."""
 
     name: ClassVar[str] = "ppo"
     title: ClassVar[str] = "Proximal policy optimization"
     paper: ClassVar[str] = "arXiv:1707.06347"
-    rows: ClassVar[str] = "prompts"
     models: ClassVar[str] = (
         "policy, value (or none), reference (frozen, moving or none), reward; under LoRA all on one backbone"
     )
-    needs_reward: ClassVar[bool] = True
-    quantizes: ClassVar[bool] = True
+    tether: ClassVar[str] = "kl_coef"
+    group_knob: ClassVar[str] = "samples_per_prompt"
 
     # The objective. With γ = 1, temperature 1 and no penalty, bonus or whitening of rewards its optimum is
     # π_ref·exp(r/β). Every knob that moves it says so; tests/fidelity/test_ppo_exact.py enumerates where to.
@@ -95,27 +93,10 @@ class PPO(Method):
     kl_horizon: int = Field(10_000, gt=0)
     """Completions over which an error of the controller is corrected e-fold; its step is
     1 + clip(KL/kl_target − 1, ±0.2)·completions/kl_horizon."""
-    reference: Literal["frozen", "ema", "none"] = "frozen"
-    """frozen: where the policy started. ema: an exponential moving average of the policy, so that the optimum moves
-    with it and no distance is kept from the start. none: no reference and no tether, and half the memory."""
-    reference_decay: float = Field(0.95, ge=0, lt=1)
-    """Of reference=ema, a rollout: reference ← decay·reference + (1 − decay)·policy."""
-    temperature: float = Field(1.0, gt=0)
-    """Of sampling. Every log-probability is taken at it, so that the tether holds the tempered policy to the tempered
-    reference."""
-    temperature_end: float | None = Field(None, gt=0)
-    """Temperature at max_steps, reached linearly; the live temperature is scaled along. None: constant."""
-    combine_rewards: Literal["sum", "mean", "min", "mean_minus_std"] = "sum"
-    """Of several rewards: how their weighted scores become one. An ensemble's mean, its worst case, or its mean less
-    `reward_std_coef` times its spread (Coste et al. 2024, arXiv:2310.02743). The optimum is that of the one score."""
-    reward_std_coef: float = Field(1.0, ge=0)
-    """λ of combine_rewards=mean_minus_std."""
     preference_references: int = Field(0, ge=0)
     """M ≥ 1: Preference As Reward (arXiv:2502.18770): the score is the mean over M completions of the reference to the
     same prompt of σ(r(x, y) − r(x, y_ref)), between 0 and 1. Moves the optimum to that of this score; β is then in
     units of it, so that a smaller one is usual."""
-    reward_timeout: float = Field(600.0, ge=0)
-    """Seconds a reward may take over one rank's part of a rollout; 0 waits for ever."""
     score_normalisation: Literal["none", "running"] = "none"
     """running: scores are shifted and divided by the mean and standard deviation of all scores so far. Moves the
     optimum: β is then in standard deviations, which change as the policy does."""
@@ -126,33 +107,11 @@ class PPO(Method):
     length_normalised: bool = False
     """Divide the score by the completion's tokens. Moves the optimum towards short completions of high scores and long
     ones of low scores."""
-    missing_eos_penalty: float = Field(0.0, ge=0)
-    """Taken off the score of a completion that was cut at `max_new_tokens`. Moves the optimum to that of the penalised
-    score."""
-    length_penalty: float = Field(0.0, ge=0)
-    """Taken off the score for every token. Moves the optimum to that of the penalised score."""
-    entropy_coef: float = Field(0.0, ge=0)
-    """Weight of the mean token entropy in the loss, a bonus. Moves the optimum towards flatter policies."""
 
     # The rollout
-    rollout_batch_size: int = Field(64, gt=0)
-    """Completions of one rollout, over all ranks."""
     samples_per_prompt: int = Field(1, gt=0)
-    """Completions of each prompt in a rollout. Without a value model their mean score is the baseline."""
-    max_new_tokens: int = Field(48, gt=0)
-    """Longest completion, in tokens."""
-    rollout_backend: Literal["transformers", "vllm", "vllm_server"] = "transformers"
-    """Who samples. transformers: the trained model itself, bit for bit the same again after a restart. vllm: an engine
-    in the trainer's process, for one process. vllm_server: a server on this machine, at `vllm_url`. Weights go over
-    after every update, an adapter's alone under LoRA."""
-    vllm_url: str = ""
-    """Of rollout_backend=vllm_server, such as http://127.0.0.1:8000. Loopback only: it has no authentication."""
-    vllm_memory: float = Field(0.3, gt=0, lt=1)
-    """Of rollout_backend=vllm: the share of the accelerator's memory that it takes."""
-    importance_cap: float | None = Field(None, gt=0)
-    """Truncated importance sampling (Yao et al. 2025): completions are read once more by the trainer, and a token's
-    policy loss is weighted by min(π_trainer/π_sampler, importance_cap). For samplers that compute otherwise than the
-    trainer does; 2 is usual. None: the sampler is believed."""
+    """G completions of each prompt in a rollout. Without a value model their mean score is the baseline, each
+    completion's own in it: that moves the optimum to the one at β·G/(G − 1)."""
 
     # Credit
     gamma: float = Field(1.0, gt=0, le=1)
@@ -165,10 +124,6 @@ class PPO(Method):
     """Shift and scale advantages to mean 0 and variance 1 over the rollout's tokens."""
 
     # The update
-    learning_rate: float = Field(1e-5, ge=0)
-    """1e-5 suits whole models of a billion parameters; LoRA wants 1e-4, the toy model 2e-4."""
-    batch_size: int = Field(32, gt=0)
-    """Completions an optimizer step sees, over all ranks; a rollout has rollout_batch_size / batch_size minibatches."""
     num_ppo_epochs: int = Field(2, gt=0)
     """Passes over each rollout."""
     cliprange: float = Field(0.2, gt=0)
@@ -177,33 +132,10 @@ class PPO(Method):
     """How far a value may move in one rollout, in score."""
     vf_coef: float = Field(0.1, ge=0)
     """Weight of the value loss."""
-    target_kl: float | None = Field(None, gt=0)
-    """End a rollout's passes once a step's mean KL to the policy that sampled exceeds this, nats a token."""
-    max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are scaled down to this L2 norm, the policy's and a value model's of its own apart; 0 leaves them."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit keeps its moments in 8 bits (Dettmers et al. 2022, arXiv:2110.02861), on CUDA, with bitsandbytes."""
-    lr_scheduler: Literal["constant", "linear"] = "constant"
-    """linear falls to 0 at max_steps."""
-    ptx_coef: float = Field(0.0, ge=0)
-    """Weight of the mean negative log-likelihood of `pretraining` rows in the loss, a minibatch of them each step
-    (PPO-ptx, arXiv:2203.02155). Moves the optimum towards what those rows say."""
-    on_not_finite: Literal["pause", "fail"] = "pause"
-    """When a loss or gradient is not finite. pause: go back to the last good checkpoint and wait there for a person.
-    fail: end the run."""
-    stop_at_score: float | None = None
-    """End the run, with its model saved, once a rollout's mean score reaches this."""
     value_model: Literal["own", "policy_trunk", "none"] = "own"
     """own: a second trunk from the policy's start. policy_trunk: a head on the policy's, half the work; value errors
     then pull at the policy too, by vf_coef. none: no value model, the light variant; a token's advantage is the score
     less the KL still to come, less the mean score of its prompt where samples_per_prompt is above 1."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: models compute in bfloat16 (autocast) on float32 weights; log-probabilities, credit and loss stay
-    float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a fifth slower. Dropout is then off for good."""
-    micro_batch_size: int = Field(0, ge=0)
-    """Completions of one forward and backward pass on one rank, to save memory; 0 takes a minibatch whole."""
 
     live: ClassVar = (
         LiveCoefficient(
@@ -218,10 +150,8 @@ class PPO(Method):
             unavailable_when=without_reference,
         ),
         LEARNING_RATE,
-        LiveCoefficient("temperature", low=0.1, high=2.0, meaning="Of sampling. Lower is surer.", enters="rollout"),
-        LiveCoefficient(
-            "entropy_coef", low=0.0, high=0.1, unit="1/nat", meaning="Bonus on entropy. Higher explores more."
-        ),
+        TEMPERATURE,
+        ENTROPY,
         LiveCoefficient(
             "cliprange", low=0.01, high=1.0, scale="log", meaning="How far a step may move a token's odds."
         ),
@@ -242,28 +172,9 @@ class PPO(Method):
             meaning="Weight of the value loss.",
             unavailable_when=without_values,
         ),
-        LiveCoefficient(
-            "length_penalty",
-            low=0.0,
-            high=0.1,
-            unit="score/token",
-            meaning="Taken off the score for each token. Higher is shorter.",
-            enters="rollout",
-        ),
-        LiveCoefficient(
-            "ptx_coef",
-            low=0.0,
-            high=10.0,
-            meaning="Weight of the likelihood of pretraining rows. Higher forgets less.",
-        ),
-        LiveCoefficient(
-            "reward_std_coef",
-            low=0.0,
-            high=10.0,
-            meaning="What a unit of disagreement between rewards costs.",
-            enters="rollout",
-            unavailable_when=without_spread,
-        ),
+        LENGTH_PENALTY,
+        PRETRAINING,
+        REWARD_STD,
         LiveCoefficient(
             "kl_target",
             low=0.01,
@@ -284,14 +195,6 @@ class PPO(Method):
         ),
     )
 
-    def live_in(self, spec: RunSpec) -> tuple[LiveCoefficient, ...]:
-        live = super().live_in(spec)
-        return live if spec.pretraining is not None else tuple(one for one in live if one.name != "ptx_coef")
-
-    @property
-    def has_reference(self) -> bool:  # type: ignore[override]
-        return self.reference != "none"
-
     @property
     def kl_controller(self) -> float:
         """Whether the controller runs at the start."""
@@ -303,44 +206,37 @@ class PPO(Method):
         return PENALTIES[self.kl_in] if self.kl_estimator == "auto" else self.kl_estimator
 
     @property
-    def num_mini_batches(self) -> int:
-        return self.rollout_batch_size // self.batch_size
+    def each(self) -> int:
+        return self.samples_per_prompt
+
+    @property
+    def passes(self) -> int:
+        return self.num_ppo_epochs
+
+    @property
+    def values(self) -> Literal["own", "policy_trunk", "none"]:
+        return self.value_model
+
+    @property
+    def compared_with(self) -> int:
+        return self.preference_references
+
+    @property
+    def normalises_scores(self) -> bool:
+        return self.score_normalisation == "running"
 
     def check(self, spec: RunSpec) -> None:
-        if self.rollout_batch_size % self.batch_size:
-            raise SpecError(
-                f"ppo: rollout_batch_size={self.rollout_batch_size} is no multiple of batch_size={self.batch_size}; "
-                f"use {self.batch_size * max(1, round(self.rollout_batch_size / self.batch_size))}"
-            )
+        super().check(spec)
         if reason := REFUSED.get((self.kl_in, self.kl_estimator)):
             raise SpecError(f"ppo: kl_in={self.kl_in} with kl_estimator={self.kl_estimator}: {reason}")
-        if self.ptx_coef and spec.pretraining is None:
-            raise SpecError(
-                f"ppo: ptx_coef={self.ptx_coef:g} and no rows to keep up; give pretraining=, demonstrations"
-            )
-        if self.combine_rewards != "sum" and len(reward_parts(spec.reward)) < 2:
-            raise SpecError(
-                f"ppo: combine_rewards={self.combine_rewards} needs several rewards and there is one; "
-                f"give reward=[first, second]"
-            )
         if self.preference_references and self.reference != "frozen":
             raise SpecError(
                 f"ppo: preference_references={self.preference_references} compares with what the reference says, and "
                 f"reference={self.reference} does not stay; use reference=frozen"
             )
-        if self.rollout_batch_size % self.samples_per_prompt:
-            raise SpecError(
-                f"ppo: rollout_batch_size={self.rollout_batch_size} does not hold whole groups of "
-                f"samples_per_prompt={self.samples_per_prompt}; use a multiple of it"
-            )
         if self.reference == "none" and self.kl_target is not None:
             raise SpecError(
                 f"ppo: kl_target={self.kl_target:g} needs a reference to measure KL to; use reference=frozen"
-            )
-        if self.reference == "ema" and spec.adapter is not None:
-            raise SpecError(
-                "ppo: reference=ema averages whole models, and an adapter's reference is the policy with it off; "
-                "use reference=frozen, or no adapter"
             )
         if self.kl_target is not None and self.kl_coef == 0:
             raise SpecError("ppo: kl_coef=0 with kl_target: the controller multiplies kl_coef; start with kl_coef > 0")
@@ -357,42 +253,11 @@ class PPO(Method):
             raise SpecError(
                 f"ppo: gamma={self.gamma:g} discounts towards a value model; use gamma=1 or value_model=own"
             )
-        if self.batch_size < spec.launch.num_processes:
-            raise SpecError(
-                f"ppo: batch_size={self.batch_size} leaves some of {spec.launch.num_processes} ranks without a "
-                f"completion; use at least {spec.launch.num_processes}"
-            )
-        if self.rollout_backend == "vllm_server":
-            from rlhf_nb.training.rollout.vllm_engine import loopback
-
-            loopback(self.vllm_url)
-        if self.rollout_backend == "vllm" and spec.launch.num_processes > 1:
-            raise SpecError(
-                f"ppo: rollout_backend=vllm holds its engine in one process and there are "
-                f"{spec.launch.num_processes}; start a server and use rollout_backend=vllm_server"
-            )
-        if self.max_new_tokens >= self.max_length:
-            raise SpecError(
-                f"ppo: max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_length={self.max_length}"
-            )
-        if spec.adapter is not None and spec.adapter.quantize != "none" and self.rollout_backend != "transformers":
-            raise SpecError(
-                f"ppo: adapter quantize={spec.adapter.quantize} with rollout_backend={self.rollout_backend}: vLLM "
-                f"would sample from the base in full; use rollout_backend=transformers"
-            )
-        if spec.adapter is not None and spec.adapter.dropout:
-            raise SpecError(
-                f"ppo: adapter dropout={spec.adapter.dropout} makes the ratio of the policy to itself differ from one; "
-                f"use dropout=0"
-            )
 
     def preview_refusal(self) -> str | None:
-        """Why no preview can be made: it reads the optimum of the objective that kl_coef prices in the reward."""
-        if self.reference != "frozen":
-            return f"reference={self.reference}: there is no fixed reference that an optimum could be told from"
         if self.kl_in == "loss":
             return "kl_in=loss: its optimum is not known in closed form; a preview needs kl_in=reward"
-        return None
+        return super().preview_refusal()
 
     # --- the maths --------------------------------------------------------------------------------------------------
 
@@ -409,8 +274,7 @@ class PPO(Method):
             score_B = score_B.clamp(-self.score_clip, self.score_clip)
         if self.length_normalised:
             score_B = score_B / rollout.mask_BT.sum(1).clamp(min=1)
-        cut_B = (~rollout.ended_B).to(score_B.dtype)
-        return score_B - self.missing_eos_penalty * cut_B - live.length_penalty * rollout.mask_BT.sum(1)
+        return super().penalised(replace(rollout, score_B=score_B), live)
 
     def credit(self, rollout: Rollout, live: Live) -> Credit:
         """From scores to an advantage and a return for each token; once a rollout, over all ranks' completions."""
@@ -444,8 +308,7 @@ class PPO(Method):
     def loss(self, batch: Minibatch, outputs: Outputs, live: Live) -> TokenLosses:
         """Losses of each token. The optimizer sees policy + vf_coef·value − entropy_coef·entropy, a mean over
         tokens."""
-        from rlhf_nb.maths import kl
-        from rlhf_nb.maths.policy_gradient import clipped_policy_loss, clipped_value_loss, truncated_importance
+        from rlhf_nb.maths.policy_gradient import clipped_policy_loss, clipped_value_loss
         from rlhf_nb.training.online_types import TokenLosses
 
         policy = clipped_policy_loss(
@@ -456,13 +319,8 @@ class PPO(Method):
             cliprange=live.cliprange,
         )
         total_BT, metrics = policy.loss_BT, {"loss/policy": policy.loss_BT, "policy/clip_fraction": policy.clipped_BT}
-        weight_BT: Any = 1.0
-        if self.importance_cap is not None:
-            weight_BT = truncated_importance(
-                batch.behavior_logprobs_BT, batch.sampler_logprobs_BT, batch.mask_BT, cap=self.importance_cap
-            )
-            metrics["policy/importance_weight"] = weight_BT
-            total_BT = total_BT * weight_BT
+        weight_BT = self.importance_weight(batch)
+        total_BT = total_BT * weight_BT
         if self.value_model != "none":
             value = clipped_value_loss(
                 outputs.values_BT,
@@ -474,40 +332,21 @@ class PPO(Method):
             total_BT = total_BT + live.vf_coef * value.loss_BT
             metrics |= {"loss/value": value.loss_BT, "value/clip_fraction": value.clipped_BT}
         if self.kl_in == "loss":
-            penalty_BT = self._penalty(batch, outputs.logprobs_BT)
+            penalty_BT = kl_penalty(batch, outputs.logprobs_BT, "k2" if self.penalty == "k2" else "ratio_k3")
             total_BT = total_BT + live.kl_coef * weight_BT * penalty_BT
             metrics["loss/kl"] = penalty_BT
         if live.entropy_coef:
             total_BT = total_BT - live.entropy_coef * outputs.entropy_BT
-        return TokenLosses(
-            total_BT,
-            {
-                "loss": total_BT,
-                **metrics,
-                "policy/approx_kl": kl.estimate(batch.behavior_logprobs_BT, outputs.logprobs_BT, "k3"),
-                "policy/entropy": outputs.entropy_BT,
-            },
+        return TokenLosses(total_BT, metrics)
+
+    def after_rollout(self, rollout: Rollout, live: Live) -> None:
+        """Move kl_coef towards the KL that is wanted, unless a person holds it."""
+        from rlhf_nb.maths.controllers import adapted_kl_coef
+        from rlhf_nb.maths.masked import masked_sum
+
+        if self.kl_target is None or live.kl_controller < 0.5:
+            return
+        kl_B = masked_sum(rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT, rollout.mask_BT, 1)
+        live.kl_coef = adapted_kl_coef(
+            live.kl_coef, kl_B.mean().item(), target=live.kl_target, completions=len(kl_B), horizon=self.kl_horizon
         )
-
-    def _penalty(self, batch: Minibatch, logprobs_BT: Tensor) -> Tensor:
-        """(B, T) nats, what kl_coef multiplies in the loss; its gradient is that of the KL of each token's choice."""
-        from rlhf_nb.maths import kl
-        from rlhf_nb.maths.masked import fill
-
-        logprobs_BT, reference_BT = fill(logprobs_BT, batch.mask_BT), fill(batch.reference_logprobs_BT, batch.mask_BT)
-        if self.penalty == "k2":
-            return kl.estimate(logprobs_BT, reference_BT, "k2")
-        # The ratio makes it an expectation under the policy that is differentiated, whoever sampled.
-        ratio_BT = (logprobs_BT - fill(batch.behavior_logprobs_BT, batch.mask_BT)).exp()
-        return ratio_BT * kl.estimate(logprobs_BT, reference_BT, "k3")
-
-    # --- the loop ---------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def preload(cls) -> None:
-        import rlhf_nb.training.online  # noqa: F401
-
-    def build_trainer(self, context: Context) -> Trainer:
-        from rlhf_nb.training.online import OnlineTrainer
-
-        return OnlineTrainer(self, context)

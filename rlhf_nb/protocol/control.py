@@ -63,7 +63,8 @@ class Preview(Control):
     """Ask where other values of a coefficient would lead; the answer is a `previewed` event with this id."""
 
     op: Literal["preview"] = "preview"
-    name: Literal["kl_coef"] = "kl_coef"
+    name: str = "kl_coef"
+    """The tether: `kl_coef`, or `beta` where a method calls it so."""
     values: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(min_length=1, max_length=100)
     prompts: int = Field(8, gt=0, le=1024)
     samples: int = Field(16, ge=2, le=1024)

@@ -48,6 +48,11 @@ _ENTRIES = (
     Entry("reward/gold", "true reward", "score", "gold r*(x, y), never optimised", "mean over samples", "up"),
     # Online methods
     Entry("objective/kl_coef", "kl_coef", "score/nat", "β, price of a nat", "exact, as this rollout used it", "watch"),
+    Entry("objective/beta", "beta", "score/nat", "β, price of a nat", "exact, as this rollout used it", "watch"),
+    Entry("group/std", "spread within groups", "score", "sd of r(x, y) among completions of one prompt", "sample sd, mean over groups", "watch"),
+    Entry("group/flat_fraction", "groups that teach nothing", "", "share of groups whose scores are all equal", "exact over all that was sampled", "down"),
+    Entry("group/replaced", "groups sampled again", "groups", "flat groups that gave way to those of other prompts", "exact, a rollout", "watch"),
+    Entry("group/flat_left", "flat groups left", "groups", "flat groups when the budget was spent", "exact, a rollout", "down"),
     Entry("objective/temperature", "temperature", "", "τ, logits are divided by it", "exact, as this rollout used it", "watch"),
     Entry("loss/kl", "KL in the loss", "nats/token", "ratio·k3 or k2 against the reference", "mean over the step's tokens, all ranks", "watch"),
     Entry("loss/policy", "policy loss", "", "max(−ρA, −clip(ρ, 1±ε)·A), ρ = π/π_behavior", "mean over the step's tokens, all ranks", "watch"),

@@ -198,11 +198,17 @@ class ControlLoop:
                     self.sample_requests.append(control)
                 case Preview():
                     reason = self.preview_refusal() if self.preview_refusal else "this method has nothing to preview"
+                    if not reason and not self._can_preview(control.name):
+                        reason = f'"{control.name}" cannot be previewed'
                     if reason:
                         self._emit(ControlRefused(id=control.id, op=control.op, reason=reason))
                         continue
                     self.preview_requests.append(control)
             self._emit(ControlAcknowledged(id=control.id, op=control.op, step=step))
+
+    def _can_preview(self, name: str) -> bool:
+        bound = self._bound.get(name)
+        return bound is not None and bound.coefficient.can_preview
 
     def _refusal(self, control: SetCoefficient) -> str | None:
         bound = self._bound.get(control.name)

@@ -25,7 +25,7 @@ from rlhf_nb.rewards.resolve import load, scorer
 from rlhf_nb.training import distributed
 
 if TYPE_CHECKING:
-    from rlhf_nb.methods.ppo import PPO
+    from rlhf_nb.methods.online import OnlineMethod
     from rlhf_nb.training.context import Context
 
 OneReward = NamedReward | ModelReward | FunctionReward
@@ -44,7 +44,7 @@ class Judge:
     """Scores this rank's completions. Texts go in, never tokens: no tokenizer need be shared."""
 
     def __init__(
-        self, method: PPO, context: Context, live: Any, device: Any, backbone: tuple[str, Any] | None = None
+        self, method: OnlineMethod, context: Context, live: Any, device: Any, backbone: tuple[str, Any] | None = None
     ) -> None:
         self.method, self.context, self.live, self.device, self.backbone = method, context, live, device, backbone
         self.parts = [
@@ -61,15 +61,23 @@ class Judge:
     def names(self) -> list[str]:
         return [part.name for part in self.parts]
 
-    def rollout(self, number: int, rows: Sequence[dict[str, Any]], texts: list[str]) -> list[list[float]]:
-        """(B, M) scores of a rollout's completions by each part. What a function said is kept for a restart."""
+    def rollout(
+        self, number: int, rows: Sequence[dict[str, Any]], texts: list[str], at: Sequence[int]
+    ) -> list[list[float]]:
+        """(B, M) scores of a rollout's completions by each part. What a function said is kept for a restart.
+
+        Args:
+            at: Each completion's number in the rollout.
+        """
         columns = []
         for part in self.parts:
             if isinstance(part.reference, ModelReward):
                 scores = self._call(part, rows, texts)
             else:
-                keys = [self.journal.key(part.reference, number, row["prompt"], text, at) for at, (row, text) in
-                        enumerate(zip(rows, texts, strict=True))]  # fmt: skip
+                keys = [
+                    self.journal.key(part.reference, number, row["prompt"], text, place)
+                    for row, text, place in zip(rows, texts, at, strict=True)
+                ]
                 known = self.journal.get(keys)
                 scores = known if known is not None else self._call(part, rows, texts)
                 if known is None:

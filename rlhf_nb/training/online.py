@@ -25,10 +25,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from rlhf_nb.errors import DataError, RewardError, SpecError
-from rlhf_nb.maths.controllers import RunningMoments, adapted_kl_coef
+from rlhf_nb.maths import kl
+from rlhf_nb.maths.controllers import RunningMoments
 from rlhf_nb.maths.masked import masked_sum
 from rlhf_nb.protocol.events import CoefficientChanged, ControlRefused
 from rlhf_nb.training import actor_critic, data, distributed, models, not_finite, sharding
+from rlhf_nb.training.collect import collect
 from rlhf_nb.training.control import BoundCoefficient
 from rlhf_nb.training.gradient_noise import GradientNoise
 from rlhf_nb.training.judge import Judge
@@ -37,18 +39,18 @@ from rlhf_nb.training.not_finite import NotFiniteError
 from rlhf_nb.training.online_checkpoint import load_checkpoint, save_checkpoint
 from rlhf_nb.training.online_report import Report
 from rlhf_nb.training.online_samples import SampleTable
-from rlhf_nb.training.online_types import Credit, Minibatch, Outputs, Read, Rollout
+from rlhf_nb.training.online_types import Credit, Extent, Minibatch, Outputs, Read, Rollout
 from rlhf_nb.training.pretraining import Pretraining
 from rlhf_nb.training.preview import answer as answer_preview
 from rlhf_nb.training.prompt_order import PromptOrder
 from rlhf_nb.training.reference_said import ReferenceSaid
-from rlhf_nb.training.rollout.base import Completions, Sampler, uniforms
+from rlhf_nb.training.rollout.base import Sampler
 from rlhf_nb.training.rollout.choose import sampler_for
-from rlhf_nb.training.rollout.transformers_backend import TransformersSampler, pad_left
+from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 from rlhf_nb.training.sampling import end_tokens
 
 if TYPE_CHECKING:
-    from rlhf_nb.methods.ppo import PPO
+    from rlhf_nb.methods.online import OnlineMethod
     from rlhf_nb.training.context import Context
 
 ADAM_EPS = 1e-5
@@ -56,7 +58,7 @@ ADAM_EPS = 1e-5
 
 
 class OnlineTrainer:
-    def __init__(self, method: PPO, context: Context) -> None:
+    def __init__(self, method: OnlineMethod, context: Context) -> None:
         self.method, self.context, self.emit = method, context, context.emit
         self.accelerator = sharding.accelerator(context.use_cpu, method, context.spec)
         self.device = self.accelerator.device
@@ -64,7 +66,7 @@ class OnlineTrainer:
         path = context.model_path(context.spec.policy)
         self.tokenizer = models.load_tokenizer(path, self.emit)
         self.module, self.reference = actor_critic.load(
-            context, path, value_model=method.value_model, reference=method.reference, precision=method.precision
+            context, path, value_model=method.values, reference=method.reference, precision=method.precision
         )
         if self.sharded:
             # What stands on weights that are not sharded would keep them all.
@@ -100,6 +102,8 @@ class OnlineTrainer:
         """Optimizer steps taken."""
         self.rollouts = 0
         """Rollouts used up."""
+        self.prompts = 0
+        """Prompts drawn so far."""
         self._between_rollouts = True
         self.checkpointed = 0
         """Step of the last checkpoint."""
@@ -191,13 +195,13 @@ class OnlineTrainer:
                 self.report.rollout(rollout, credit, seconds)
                 self.doctor.look(rollout)
             self._between_rollouts, held, updating_s = False, False, 0.0
-            for index, (minibatch, tokens) in enumerate(self.minibatches(rollout, credit)):
+            for index, (minibatch, extent) in enumerate(self.minibatches(rollout, credit)):
                 if index and not self._goes_on(new_rollout=False):
                     break
                 if index % self.method.num_mini_batches == 0:
                     self.noise.new_pass()
                 try:
-                    metrics = self.update(minibatch, tokens, rollout.temperature, as_sampled=index == 0)
+                    metrics = self.update(minibatch, extent, rollout.temperature, as_sampled=index == 0)
                 except NotFiniteError as error:
                     not_finite.hold(self, error, minibatch, rollout.temperature)
                     held = True
@@ -212,7 +216,7 @@ class OnlineTrainer:
                 continue
             with sharding.gathered(self.module):
                 self.report.update(rollout, updating_s)
-            self._control_kl(rollout)
+            self.method.after_rollout(rollout, self.live)
             if self.method.reference == "ema":
                 self.reference.follow(self.module.policy, self.method.reference_decay)
             self.rollouts += 1
@@ -233,7 +237,8 @@ class OnlineTrainer:
         return target is not None and metrics["policy/approx_kl"] > target
 
     def _good_enough(self, rollout: Rollout) -> bool:
-        wanted, score = self.method.stop_at_score, rollout.score_B.mean().item()
+        wanted = self.method.stop_at_score
+        score = (rollout.drawn.score_B if rollout.drawn is not None else rollout.score_B).mean().item()
         if wanted is None or score < wanted:
             return False
         self.emit.metric(self.step, {"reward/score": score}, rollout=self.rollouts)
@@ -241,19 +246,6 @@ class OnlineTrainer:
             "score_reached", f"rollout {self.rollouts} scores {score:.4g}, stop_at_score={wanted:g}: the run ends here"
         )
         return True
-
-    def _control_kl(self, rollout: Rollout) -> None:
-        """Move kl_coef towards the KL that is wanted, unless a person holds it."""
-        if self.method.kl_target is None or self.live.kl_controller < 0.5:
-            return
-        kl_B = masked_sum(rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT, rollout.mask_BT, 1)
-        self.live.kl_coef = adapted_kl_coef(
-            self.live.kl_coef,
-            kl_B.mean().item(),
-            target=self.live.kl_target,
-            completions=len(kl_B),
-            horizon=self.method.kl_horizon,
-        )
 
     def _hold_controller(self, change: CoefficientChanged) -> None:
         """A person who sets kl_coef means it: the controller lets go until it is told to go on."""
@@ -318,80 +310,19 @@ class OnlineTrainer:
 
     # --- a rollout --------------------------------------------------------------------------------------------------
 
-    def prompt_indices(self) -> list[int]:
-        """Which prompt each global row of this rollout completes."""
-        each = self.method.samples_per_prompt
-        P = self.method.rollout_batch_size // each
-        return [row for row in self.prompt_order(self.rollouts * P, P) for _ in range(each)]
+    def next_prompts(self, P: int) -> list[int]:
+        """Which prompt each row of the next P groups completes."""
+        self.prompts += P
+        return [row for row in self.prompt_order(self.prompts - P, P) for _ in range(self.method.each)]
 
     def collect(self) -> tuple[Rollout, dict[str, float]]:
-        """Sample and score this rank's rows, read the reference and the values, and put the ranks' parts together."""
-        began = time.perf_counter()
-        indices = self.prompt_indices()
-        mine = list(range(self.context.rank, len(indices), self.context.world_size))
-        prompts = [self.prompt_ids[indices[row]] for row in mine]
-        noise = uniforms(self.method.seed, self.rollouts, mine, self.method.max_new_tokens)
-        temperature = self.temperature
-        if self.context.is_main:
-            self.sampler.refresh(self.step)
-        distributed.barrier()
-        refreshed_at = time.perf_counter()
-        sampled = self.sampler.sample(prompts, noise, temperature=temperature)
-        sampled_at = time.perf_counter()
-        texts = self.texts(sampled.tokens_BT, sampled.mask_BT)
-        asked = [self.rows[indices[row]] for row in mine]
-        score, gold = self.judge.rollout(self.rollouts, asked, texts), self.judge.golds(asked, texts)
-        references = self.reference_scores([indices[row] for row in mine])
-        scored_at = time.perf_counter()
-
-        tokens_BP, seen_BP = pad_left(prompts, self.tokenizer.pad_token_id, self.device)
-        tokens_BL = torch.cat([tokens_BP, sampled.tokens_BT], 1)
-        attention_mask_BL = torch.cat([seen_BP, sampled.mask_BT], 1)
-        behavior, reference, values = [], [], []
-        for rows in torch.arange(len(mine), device=self.device).split(self.micro(len(mine))):
-            part = (tokens_BL[rows], attention_mask_BL[rows], sampled.mask_BT[rows])
-            said, value = self._read(sampled, rows, part, temperature)
-            there = self.reference.logprobs(*part, temperature=temperature)
-            behavior.append(said)
-            reference.append(said if there is None else there)
-            values.append(value)
-        rollout = self._gather(
-            {
-                "prompts": prompts,
-                "tokens": sampled.tokens_BT,
-                "mask": sampled.mask_BT,
-                "sampler": sampled.behavior_logprobs_BT,
-                "behavior": torch.cat(behavior),
-                "reference": torch.cat(reference),
-                "values": torch.cat(values),
-                "scores": score,
-                "reference_scores": references,
-                "gold": gold,
-                "ended": sampled.ended_B,
-            },
-            temperature,
-        )
+        """A rollout of all ranks, and what each part of making it took in seconds."""
+        rollout, seconds = collect(self)
         self.report.odd(rollout)
-        if self.method.score_normalisation == "running":
+        if self.method.normalises_scores:
             self.moments.add(rollout.score_B)
             rollout = replace(rollout, score_shift=self.moments.mean, score_spread=self.moments.spread)
-        return rollout, {
-            "time/rollout_s": sampled_at - refreshed_at,
-            **({"time/sync_s": refreshed_at - began} if self.method.rollout_backend != "transformers" else {}),
-            "time/score_s": scored_at - sampled_at,
-            "time/reference_s": time.perf_counter() - scored_at,
-        }
-
-    @torch.no_grad()
-    def _read(
-        self, sampled: Completions, rows: Tensor, part: tuple[Tensor, Tensor, Tensor], temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """(B, T) log-probabilities and values of some completions: the sampler's own where they are believed."""
-        believed = sampled.behavior_logprobs_BT[rows] if self.method.importance_cap is None else None
-        if believed is not None and sampled.values_BT is not None:
-            return believed, sampled.values_BT[rows]
-        said, _, value = self.module(*part, temperature=temperature, with_policy=believed is None, with_entropy=False)
-        return said if believed is None else believed, value.masked_fill(~part[2], 0.0)
+        return rollout, seconds
 
     def texts(self, tokens_BT: Tensor, mask_BT: Tensor) -> list[str]:
         rows = [t[m].tolist() for t, m in zip(tokens_BT, mask_BT, strict=True)]
@@ -399,7 +330,7 @@ class OnlineTrainer:
 
     def reference_scores(self, indices: list[int]) -> list[list[list[float]]] | None:
         """(B, R, M) scores of what the reference says to each prompt; None where nothing is compared with it."""
-        R = self.method.preference_references
+        R = self.method.compared_with
         if not R:
             return None
         said = self.reference_said(indices)
@@ -407,56 +338,19 @@ class OnlineTrainer:
         scores_NM = self.judge.scores(rows, [text for texts in said for text in texts])
         return [scores_NM[at : at + R] for at in range(0, len(scores_NM), R)]
 
-    def _gather(self, part: dict[str, Any], temperature: float) -> Rollout:
-        """All ranks' parts as one rollout, the same bits on every rank."""
-        parts = distributed.gather_objects({k: v.cpu() if isinstance(v, Tensor) else v for k, v in part.items()})
-        world, B = len(parts), sum(len(p["prompts"]) for p in parts)
-        T = max(p["tokens"].shape[1] for p in parts)
-
-        def whole(name: str) -> Any:
-            """Row g came from rank g mod world."""
-            return [parts[g % world][name][g // world] for g in range(B)]
-
-        def padded(name: str) -> Tensor:
-            return torch.stack([torch.nn.functional.pad(row, (0, T - len(row))) for row in whole(name)]).to(self.device)
-
-        def numbers(name: str) -> Tensor:
-            return torch.tensor(whole(name), dtype=parts[0]["behavior"].dtype, device=self.device)
-
-        scores_BM = numbers("scores")
-        tokens_BP, seen_BP = pad_left(whole("prompts"), self.tokenizer.pad_token_id, self.device)
-        mask_BT = padded("mask")
-        return Rollout(
-            tokens_BL=torch.cat([tokens_BP, padded("tokens")], 1),
-            attention_mask_BL=torch.cat([seen_BP, mask_BT], 1),
-            mask_BT=mask_BT,
-            behavior_logprobs_BT=padded("behavior"),
-            reference_logprobs_BT=padded("reference"),
-            values_BT=padded("values"),
-            sampler_logprobs_BT=padded("sampler"),
-            score_B=self.judge.combined(scores_BM),
-            parts_BM=scores_BM,
-            reference_score_BR=self.judge.combined(numbers("reference_scores"))
-            if self.method.preference_references
-            else None,
-            gold_B=numbers("gold") if self.judge.gold is not None else None,
-            ended_B=torch.stack(whole("ended")).to(self.device),
-            temperature=temperature,
-        )
-
     # --- the update -------------------------------------------------------------------------------------------------
 
-    def minibatches(self, rollout: Rollout, credit: Credit) -> Iterator[tuple[Minibatch, int]]:
-        """This rank's rows of each minibatch, and how many tokens the whole minibatch has over all ranks."""
+    def minibatches(self, rollout: Rollout, credit: Credit) -> Iterator[tuple[Minibatch, Extent]]:
+        """This rank's rows of each minibatch, and how much the whole minibatch holds over all ranks."""
         read = {field.name: getattr(rollout, field.name) for field in fields(Read)}
         whole = Minibatch(**read, advantages_BT=credit.advantages_BT, returns_BT=credit.returns_BT)
         B, size = len(rollout.score_B), self.method.batch_size
-        for epoch in range(self.method.num_ppo_epochs):
+        for epoch in range(self.method.passes):
             order = np.random.default_rng([self.method.seed, self.rollouts, epoch, 1]).permutation(B)
             for start in range(0, B, size):
                 rows = torch.from_numpy(order[start : start + size]).to(self.device)
                 mine = rows[self.context.rank :: self.context.world_size]
-                yield whole.rows(mine), int(rollout.mask_BT[rows].sum())
+                yield whole.rows(mine), Extent(int(rollout.mask_BT[rows].sum()), len(rows))
 
     def micro(self, rows: int) -> int:
         return min(self.method.micro_batch_size or rows, rows)
@@ -471,8 +365,8 @@ class OnlineTrainer:
         missing = max(distributed.gather_objects(len(parts))) - len(parts) if self.sharded else 0
         return [(part, True) for part in parts] + [(parts[0], False)] * missing
 
-    def update(self, batch: Minibatch, tokens: int, temperature: float, *, as_sampled: bool) -> dict[str, float]:
-        """One optimizer step on the token mean over the global minibatch.
+    def update(self, batch: Minibatch, extent: Extent, temperature: float, *, as_sampled: bool) -> dict[str, float]:
+        """One optimizer step on the global minibatch.
 
         Args:
             as_sampled: The policy is still the one that sampled, so that trainer and sampler can be compared.
@@ -495,11 +389,12 @@ class OnlineTrainer:
             kept = sums if counts else None
             if index + 1 < len(parts):
                 with self.accelerator.no_sync(self.model):
-                    self._backward(part, tokens, temperature, kept, as_sampled)
+                    self._backward(part, extent, temperature, kept, as_sampled)
             else:
-                self._backward(part, tokens, temperature, kept, as_sampled)
+                self._backward(part, extent, temperature, kept, as_sampled)
         self.model.eval()
-        metrics = self._reduce(sums, tokens)
+        metrics = self._reduce(sums, extent.tokens)
+        metrics["loss"] *= extent.tokens / self.method.normaliser(extent)
         if pretraining is not None:
             metrics["loss/pretraining"] = self.accelerator.reduce(pretraining, reduction="sum").item()
         self.noise.add()
@@ -517,19 +412,27 @@ class OnlineTrainer:
         return metrics
 
     def _backward(
-        self, part: Minibatch, tokens: int, temperature: float, sums: dict[str, Tensor] | None, as_sampled: bool
+        self, part: Minibatch, extent: Extent, temperature: float, sums: dict[str, Tensor] | None, as_sampled: bool
     ) -> None:
         """Add a micro-batch's gradient, and its sums; without `sums` it goes through and counts for nothing."""
         outputs = self._outputs(part, temperature)
         losses = self.method.loss(part, outputs, self.live)
-        if as_sampled:
-            losses.metrics["rollout/logprob_mismatch"] = (outputs.logprobs_BT - part.sampler_logprobs_BT).abs()
-        # Gradients are averaged over ranks: times the world size, they become the sum that a token mean needs.
-        scale = self.context.world_size / tokens if sums is not None else 0.0
+        # Gradients are averaged over ranks: times the world size, they become the sum that the normaliser divides.
+        scale = self.context.world_size / self.method.normaliser(extent) if sums is not None else 0.0
         self.accelerator.backward(masked_sum(losses.loss_BT, part.mask_BT) * scale)
         if sums is None:
             return
-        for name, values in losses.metrics.items():
+        metrics = {
+            "loss": losses.loss_BT,
+            **losses.metrics,
+            "policy/approx_kl": kl.estimate(part.behavior_logprobs_BT, outputs.logprobs_BT, "k3"),
+            "policy/entropy": outputs.entropy_BT,
+        }
+        if self.method.importance_cap is not None:
+            metrics["policy/importance_weight"] = self.method.importance_weight(part)
+        if as_sampled:
+            metrics["rollout/logprob_mismatch"] = (outputs.logprobs_BT - part.sampler_logprobs_BT).abs()
+        for name, values in metrics.items():
             total = masked_sum(values.detach().to(losses.loss_BT.dtype), part.mask_BT)
             sums[name] = sums.get(name, 0) + total
 

@@ -53,6 +53,7 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
             counters: dict[str, Any] = {
                 "step": step,
                 "rollouts": trainer.rollouts,
+                "prompts": trainer.prompts,
                 "said": sorted(trainer.report.said),
                 "doctor": trainer.doctor.state(),
                 "live": vars(trainer.live),
@@ -89,6 +90,7 @@ def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
     if generators.exists():
         _restore(torch.load(generators, weights_only=True))
     counters = json.loads((path / "counters.json").read_text(encoding="utf-8"))
+    trainer.prompts = counters["prompts"]
     trainer.report.said = set(counters.get("said", []))
     trainer.doctor.load_state(counters.get("doctor", {}))
     # The controller moves kl_coef without an event: what the events tell of it is older.

@@ -29,22 +29,24 @@ class Report:
         trainer, mask_BT = self.trainer, rollout.mask_BT
         method = trainer.method
         kl_B = masked_sum(rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT, mask_BT, 1)
+        score_B = rollout.drawn.score_B if rollout.drawn is not None else rollout.score_B
+        gold_B = rollout.drawn.gold_B if rollout.drawn is not None else rollout.gold_B
         values = {
             "reward/mean": credit.total_B.mean().item(),
-            "reward/score": rollout.score_B.mean().item(),
-            "reward/std": rollout.score_B.std().item() if len(rollout.score_B) > 1 else 0.0,
+            "reward/score": score_B.mean().item(),
+            "reward/std": score_B.std().item() if len(score_B) > 1 else 0.0,
             "completion/length_mean": mask_BT.sum(1).float().mean().item(),
             "completion/truncated_fraction": (~rollout.ended_B).float().mean().item(),
             **seconds,
         }
         if method.has_reference:
-            kl_coef = trainer.live.kl_coef
-            values |= {"kl/policy_reference": kl_B.mean().item(), "objective/kl_coef": kl_coef}
-            if method.samples_per_prompt > 1 and kl_coef > 0 and method.preview_refusal() is None:
-                groups = (-1, method.samples_per_prompt)
+            kl_coef = getattr(trainer.live, method.tether)
+            values |= {"kl/policy_reference": kl_B.mean().item(), f"objective/{method.tether}": kl_coef}
+            if method.each > 1 and kl_coef > 0 and method.preview_refusal() is None:
+                groups = (-1, method.each)
                 score_PG = method.penalised(rollout, trainer.live).view(groups)
                 values["convergence/gap"] = gap_variance(score_PG, kl_B.view(groups), kl_coef) / (2 * kl_coef)
-        if method.value_model != "none":
+        if method.values != "none":
             values["value/explained_variance"] = _explained(rollout.values_BT[mask_BT], credit.returns_BT[mask_BT])
         if method.temperature_end is not None:
             values["objective/temperature"] = rollout.temperature
@@ -52,8 +54,14 @@ class Report:
             means = rollout.parts_BM.mean(0).tolist()
             values |= {f"reward_part/{name}": mean for name, mean in zip(trainer.judge.names, means, strict=True)}
             values["reward/disagreement"] = rollout.parts_BM.std(1, correction=0).mean().item()
-        if rollout.gold_B is not None:
-            values["reward/gold"] = rollout.gold_B.mean().item()
+        if gold_B is not None:
+            values["reward/gold"] = gold_B.mean().item()
+        if method.each > 1:
+            score_PG = score_B.view(-1, method.each)
+            values["group/std"] = score_PG.std(1).mean().item()
+            values["group/flat_fraction"] = (score_PG == score_PG[:, :1]).all(1).float().mean().item()
+        if rollout.drawn is not None:
+            values |= {"group/replaced": rollout.drawn.replaced, "group/flat_left": rollout.drawn.left}
         trainer.emit.metric(trainer.step + 1, values, rollout=trainer.rollouts)
 
     def update(self, rollout: Rollout, seconds: float) -> None:

@@ -16,6 +16,8 @@ class Live(Protocol):
 
     def __getattr__(self, name: str) -> float: ...
 
+    def __setattr__(self, name: str, value: float) -> None: ...
+
 
 @dataclass(frozen=True)
 class Read:
@@ -47,10 +49,23 @@ class Rollout(Read):
     """(B, M) scores by each part of a combined reward, before weights."""
     reference_score_BR: Tensor | None = None  # noqa: N815
     """(B, R) scores of what the reference said to the same prompt."""
+    drawn: Drawn | None = None
+    """Where groups were replaced by others: all that was sampled, to be told what the policy does."""
     score_shift: float = 0.0
     """Mean of the scores so far, where they are normalised."""
     score_spread: float = 1.0
     """Their standard deviation."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    score_B: Tensor  # noqa: N815
+    """Of every completion, those that were replaced with them."""
+    gold_B: Tensor | None  # noqa: N815
+    replaced: int
+    """Groups that gave way to those of other prompts."""
+    left: int
+    """Groups from which nothing can be learnt, when the budget was spent."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,15 @@ class Minibatch(Read):
 
 
 @dataclass(frozen=True)
+class Extent:
+    """Of a minibatch over all ranks."""
+
+    tokens: int
+    """Completion tokens that count."""
+    completions: int
+
+
+@dataclass(frozen=True)
 class Outputs:
     """What the models say now of a minibatch's tokens."""
 
@@ -94,6 +118,6 @@ class Outputs:
 @dataclass(frozen=True)
 class TokenLosses:
     loss_BT: Tensor  # noqa: N815
-    """Its mean over the tokens of the global minibatch is minimised."""
+    """Its sum over the global minibatch, divided by the method's `normaliser`, is minimised."""
     metrics: dict[str, Tensor]
     """Name → (B, T); the mean over the global minibatch's tokens is logged."""

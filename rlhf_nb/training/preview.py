@@ -30,7 +30,7 @@ def answer(trainer: OnlineTrainer, request: Preview) -> Previewed:
     score_PG = trainer.method.penalised(rollout, trainer.live).view(-1, request.samples)
     log_ratio_B = masked_sum(rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT, rollout.mask_BT, 1)
     log_ratio_PG = log_ratio_B.view(-1, request.samples)
-    now = trainer.live.kl_coef
+    now = getattr(trainer.live, trainer.method.tether)
     variance = gap_variance(score_PG, log_ratio_PG, now)
     near = now > 0 and variance / (2 * now**2) < NEAR
     predictions = []
@@ -88,6 +88,6 @@ def _drawn(trainer: OnlineTrainer, request: Preview) -> Rollout:
         ended_B=sampled.ended_B,
         temperature=temperature,
         reference_score_BR=trainer.judge.combined(torch.tensor(compared)).to(trainer.device) if compared else None,
-        score_shift=trainer.moments.mean if method.score_normalisation == "running" else 0.0,
-        score_spread=trainer.moments.spread if method.score_normalisation == "running" else 1.0,
+        score_shift=trainer.moments.mean if method.normalises_scores else 0.0,
+        score_spread=trainer.moments.spread if method.normalises_scores else 1.0,
     )

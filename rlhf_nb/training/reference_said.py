@@ -28,7 +28,7 @@ class ReferenceSaid:
 
     def _sample(self, indices: list[int]) -> None:
         trainer, method = self.trainer, self.trainer.method
-        R = method.preference_references
+        R = method.compared_with
         keys = [index * R + each for index in indices for each in range(R)]
         noise = uniforms(method.seed, STREAM, keys, method.max_new_tokens)
         prompts = [trainer.prompt_ids[index] for index in indices for _ in range(R)]

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from rlhf_nb.errors import SpecError
 
 if TYPE_CHECKING:
-    from rlhf_nb.methods.ppo import PPO
+    from rlhf_nb.methods.online import OnlineMethod
     from rlhf_nb.protocol.spec import RunSpec
 
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-def accelerator(use_cpu: bool, method: PPO, spec: RunSpec) -> Accelerator:
+def accelerator(use_cpu: bool, method: OnlineMethod, spec: RunSpec) -> Accelerator:
     """What the launch set up, before any model is loaded.
 
     Raises:
@@ -55,7 +55,7 @@ def accelerator(use_cpu: bool, method: PPO, spec: RunSpec) -> Accelerator:
             f"{method.name}: adapter quantize={spec.adapter.quantize} packs weights into bytes, which FSDP does not "
             f"shard; use quantize=none"
         )
-    if spec.adapter is not None and method.value_model == "own":
+    if spec.adapter is not None and method.values == "own":
         raise SpecError(
             f"{method.name}: value_model=own stands on the policy's weights under an adapter, and FSDP shards no "
             f"weight for two; use value_model=policy_trunk"

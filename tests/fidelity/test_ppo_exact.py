@@ -238,7 +238,8 @@ def test_kl_in_the_loss_reaches_the_gibbs_policy_for_one_token_and_only_nearly_f
 def test_the_penalties_that_are_refused_do_not_lead_there_even_for_one_token(monkeypatch, make_world, estimator, least):
     """k1 in the loss is no penalty; plain k3 leads to the optimum of the forward KL."""
     monkeypatch.setattr(
-        PPO, "_penalty", lambda _, batch, logprobs: kl.estimate(logprobs, batch.reference_logprobs_BT, estimator)
+        "rlhf_nb.methods.ppo.kl_penalty",
+        lambda batch, logprobs, _: kl.estimate(logprobs, batch.reference_logprobs_BT, estimator),
     )
     assert left_over(ppo(0.1, kl_in="loss"), make_world(T=1)) > least
 

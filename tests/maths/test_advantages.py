@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from rlhf_nb.errors import ShapeError
-from rlhf_nb.maths.advantages import gae, group_advantages, last_token, returns_to_go, token_rewards
+from rlhf_nb.maths.advantages import (
+    flat_groups,
+    gae,
+    group_advantages,
+    last_token,
+    leave_one_out_advantages,
+    returns_to_go,
+    token_rewards,
+)
 
 ROW = torch.tensor([[True, True, False]])
 
@@ -126,3 +134,20 @@ def test_a_group_of_one_is_refused():
 def test_scores_for_another_number_of_completions_are_refused():
     with pytest.raises(ShapeError, match="2 completions"):
         token_rewards(torch.zeros(3), torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool), kl_coef=0.1)
+
+
+def test_left_out_each_is_compared_with_the_mean_of_the_others():
+    # 3 against 1/3, 0 against 4/3, 1 against 1.
+    rewards = torch.tensor([[3.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    expected = torch.tensor([[8 / 3, -4 / 3, -4 / 3, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(leave_one_out_advantages(rewards), expected)
+
+
+def test_a_group_is_flat_where_nothing_but_rounding_tells_its_rewards_apart():
+    rewards = torch.tensor([[0.1 + 0.2, 0.3], [0.0, 0.0], [0.0, 1e-9]], dtype=torch.float64)
+    assert flat_groups(rewards).tolist() == [True, True, False]
+
+
+def test_leaving_one_out_of_one_is_refused():
+    with pytest.raises(ShapeError, match="G ≥ 2"):
+        leave_one_out_advantages(torch.zeros(3, 1))

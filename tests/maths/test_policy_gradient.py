@@ -8,7 +8,12 @@ import torch
 
 from rlhf_nb.errors import ShapeError
 from rlhf_nb.maths.masked import masked_mean
-from rlhf_nb.maths.policy_gradient import clipped_policy_loss, clipped_value_loss, truncated_importance
+from rlhf_nb.maths.policy_gradient import (
+    clipped_policy_loss,
+    clipped_sequence_loss,
+    clipped_value_loss,
+    truncated_importance,
+)
 
 ON = torch.ones(1, 1, dtype=torch.bool)
 
@@ -23,6 +28,54 @@ def test_worked_example():
         new, old, A = one(math.log(1.5), 0.0, advantage)
         result = clipped_policy_loss(new, old, A, ON, cliprange=0.2)
         assert result.loss_BT.item() == pytest.approx(loss) and result.clipped_BT.item() is clipped
+
+
+def test_the_range_above_one_may_be_wider_than_the_one_below():
+    # ε 0.2 and 0.5. ρ = 1.4, A = 1: inside the wider range, −1.4. ρ = 0.7, A = −1: below 0.8, clipped: 0.8.
+    for ratio, advantage, loss, clipped in ((1.4, 1, -1.4, False), (0.7, -1, 0.8, True)):
+        new, old, A = one(math.log(ratio), 0.0, advantage)
+        result = clipped_policy_loss(new, old, A, ON, cliprange=0.2, cliprange_high=0.5)
+        assert result.loss_BT.item() == pytest.approx(loss) and result.clipped_BT.item() is clipped
+
+
+@pytest.mark.parametrize(("length_normalised", "ratio"), [(True, math.exp(0.1)), (False, math.exp(0.2))])
+def test_a_completion_s_ratio_is_the_exponential_of_the_mean_or_of_the_sum(length_normalised, ratio):
+    # Two tokens that count, 0.3 and −0.1 nats apart; the third is padding. A = 2.
+    new = torch.tensor([[0.3, -0.1, 9.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False]])
+    result = clipped_sequence_loss(
+        new, torch.zeros_like(new), torch.tensor([2.0], dtype=torch.float64), mask, cliprange=0.5,
+        length_normalised=length_normalised,
+    )  # fmt: skip
+    assert result.loss_BT.tolist() == [pytest.approx([-2 * ratio, -2 * ratio, 0.0])]
+    assert not result.clipped_BT.any()
+
+
+def test_one_token_a_completion_makes_token_and_completion_the_same(draw):
+    new, old, advantages = draw(6, 1), draw(6, 1), draw(6, 1)
+    mask = torch.ones(6, 1, dtype=torch.bool)
+    token = clipped_policy_loss(new, old, advantages, mask, cliprange=0.2, cliprange_high=0.3)
+    for normalised in (True, False):
+        whole = clipped_sequence_loss(
+            new, old, advantages[:, 0], mask, cliprange=0.2, cliprange_high=0.3, length_normalised=normalised
+        )
+        torch.testing.assert_close(whole.loss_BT, token.loss_BT)
+        assert torch.equal(whole.clipped_BT, token.clipped_BT)
+
+
+def test_what_stands_in_the_pads_never_changes_a_completion_s_loss(draw, mask_BT):
+    new, old, advantages = draw(5, 7), draw(5, 7), draw(5)
+    dirty = [tensor.masked_fill(~mask_BT, float("nan")) for tensor in (new, old)]
+    settings = {"cliprange": 0.2, "length_normalised": True}
+    torch.testing.assert_close(
+        clipped_sequence_loss(*dirty, advantages, mask_BT, **settings).loss_BT,
+        clipped_sequence_loss(new, old, advantages, mask_BT, **settings).loss_BT,
+    )
+
+
+def test_advantages_of_another_number_of_completions_are_refused(draw, mask_BT):
+    with pytest.raises(ShapeError, match="5 completions"):
+        clipped_sequence_loss(draw(5, 7), draw(5, 7), draw(4), mask_BT, cliprange=0.2, length_normalised=True)
 
 
 def test_gradient_at_the_behavior_policy_is_the_policy_gradient(draw, mask_BT):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_nb.errors import ShapeError
-from rlhf_nb.maths.rewards import combine, preference_as_reward
+from rlhf_nb.maths.rewards import combine, overlong_penalty, preference_as_reward
 
 SCORES = torch.tensor([[1.0, 3.0], [2.0, -2.0]], dtype=torch.float64)
 
@@ -44,3 +44,14 @@ def test_preference_as_reward_is_the_mean_chance_to_be_preferred():
 def test_a_reference_that_said_nothing_is_refused():
     with pytest.raises(ShapeError, match=r"\(2, 0\) for 2 scores"):
         preference_as_reward(torch.zeros(2), torch.zeros(2, 0))
+
+
+def test_the_overlong_punishment_grows_over_the_cache_to_minus_one():
+    # limit 10, cache 4: free up to 6 tokens.
+    assert overlong_penalty(torch.tensor([1, 6, 7, 8, 10]), limit=10, cache=4).tolist() == [0, 0, -0.25, -0.5, -1]
+
+
+@pytest.mark.parametrize("cache", [0, 11])
+def test_a_cache_that_does_not_fit_the_limit_is_refused(cache):
+    with pytest.raises(ShapeError, match=f"cache={cache}"):
+        overlong_penalty(torch.tensor([1]), limit=10, cache=cache)

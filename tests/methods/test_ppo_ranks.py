@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_nb import registry
 from rlhf_nb.errors import SpecError
 from rlhf_nb.protocol.control import SetReward
 from rlhf_nb.protocol.spec import CombinedReward, FunctionReward, Launch, LoRA, RewardPart
 from rlhf_nb.training import checkpoints
 
-from .conftest import LETTERS, ROWS, VOWELS, fold, pretraining
+from .conftest import LETTERS, ROWS, VOWELS, fold, function, pretraining
 
 CONFIG = {
     "max_steps": 10, "rollout_batch_size": 9, "batch_size": 3, "num_ppo_epochs": 1, "max_new_tokens": 6,
@@ -91,11 +92,19 @@ def ranks(job, tiny_model_maker, tmp_path):
     script.write_text(RANK)
 
     def prepare(
-        name: str, world: int, *, reward: Any = LETTERS, flags: str | None = None, spec: Any = None, **knobs: Any
+        name: str,
+        world: int,
+        *,
+        method: str = "ppo",
+        reward: Any = LETTERS,
+        flags: str | None = None,
+        spec: Any = None,
+        **knobs: Any,
     ):
         launch = Launch.parse(FLAGS[world] if flags is None else flags)
-        config = {**CONFIG, **knobs}
-        return job.prepare("ppo", ROWS, name=name, config=config, reward=reward, launch=launch, **(spec or {}))
+        known = registry.methods.get(method).model_fields
+        config = {name: value for name, value in CONFIG.items() if name in known} | knobs
+        return job.prepare(method, ROWS, name=name, config=config, reward=reward, launch=launch, **(spec or {}))
 
     def run(place: Any, *, fails: bool = False, **asked: Any) -> str:
         program = Path(sys.executable).parent / "accelerate"
@@ -135,10 +144,10 @@ def test_in_float32_two_ranks_are_one_run_and_so_is_what_a_restart_makes_of_it(r
         assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("features", ["plain", "everything", "light"])
+@pytest.mark.parametrize("features", ["plain", "everything", "groups"])
 def test_in_float64_ten_steps_on_two_ranks_are_ten_on_one(ranks, features):
     """Everything: a combined reward, one part of it replaced on the way, Preference As Reward, pretraining rows,
-    running normalisation and whitened rewards. Light: no value model, groups."""
+    running normalisation and whitened rewards. Groups: DAPO, whose flat groups are sampled again."""
     reward: Any = LETTERS
     knobs: dict[str, Any] = {}
     asked: dict[str, Any] = {"double": True}
@@ -148,8 +157,9 @@ def test_in_float64_ten_steps_on_two_ranks_are_ten_on_one(ranks, features):
         knobs = {"preference_references": 2, "ptx_coef": 0.5, "whiten_rewards": True, "score_normalisation": "running"}
         spec = {"pretraining": pretraining(ranks.job)}
         asked["after_step_1"] = SetReward(part="vowels", reward=LETTERS, id="fresh").model_dump(mode="json")
-    if features == "light":
-        knobs = {"value_model": "none", "samples_per_prompt": 3}
+    if features == "groups":
+        reward = function("thirds", "float(sum(c.isascii() and c.isalpha() for c in text) % 3 == 0)")
+        knobs = {"method": "dapo", "group_size": 3, "num_iterations": 2, "beta": 0.2, "overlong_cache": 0}
     places = [ranks.prepare(f"{world}", world, reward=reward, spec=spec, **knobs) for world in (1, 2)]
     for place in places:
         ranks(place, **asked)
@@ -157,6 +167,8 @@ def test_in_float64_ten_steps_on_two_ranks_are_ten_on_one(ranks, features):
     same(one, two, rel=1e-8, abs=1e-9)
     if features == "everything":
         assert [len(fold(place).rewards) for place in places] == [1, 1]
+    if features == "groups":
+        assert sum(row.get("group/replaced", 0) for row in numbers(two)) > 0
     # The model is saved as it was computed, in float64.
     first, second = (load_file(place.model / "model.safetensors") for place in places)
     for name, weight in first.items():
