@@ -54,6 +54,7 @@ methods = Registry(
         "orpo": "rlhf_nb.methods.orpo:ORPO",
         "simpo": "rlhf_nb.methods.simpo:SimPO",
         "ppo": "rlhf_nb.methods.ppo:PPO",
+        "generate": "rlhf_nb.methods.generate:Generate",
         "evaluate": "rlhf_nb.evaluation.accuracy:Evaluate",
     },
 )

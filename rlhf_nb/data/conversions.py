@@ -13,7 +13,8 @@ from rlhf_nb.errors import DataError
 
 Converted = tuple[list[Row], dict[str, int]]
 
-_JUDGED = {column for columns in COLUMNS.values() for column in columns} - {"prompt"} | {"details"}
+_JUDGED = {column for columns in COLUMNS.values() for column in columns} - {"prompt"}
+_JUDGED |= {"details", "scores", "completion_lengths", "completion_ended"}
 """Columns about completions that somebody else gave."""
 
 
@@ -105,6 +106,7 @@ CONVERSIONS: dict[tuple[str, str], Callable[[Iterable[Mapping[str, Any]]], Conve
     ("pairs", "prompts"): to_prompts,
     ("rankings", "prompts"): to_prompts,
     ("thumbs", "prompts"): to_prompts,
+    ("completions", "prompts"): to_prompts,
 }
 
 
