@@ -259,6 +259,7 @@ class Workspace:
         prompts: Any,
         n: int = 4,
         reward: Any = None,
+        gold: Any = None,
         launch: str | None = None,
         title: str = "",
         **settings: Any,
@@ -271,12 +272,17 @@ class Workspace:
         Args:
             model: A run, a name, a directory or a hub id.
             prompts: Any data set; each of its prompts is completed `n` times.
-            reward: What scores the completions, as `train` takes it.
-            settings: `temperature`, `max_new_tokens`, `seed`, `batch_size`, `precision`, `rollout_backend`.
+            reward: What scores the completions, as `train` takes it; `run.fold.results` then tell what best-of-n would
+                score for every n up to this one. gold: A second one, only noted beside.
+            settings: `temperature`, `max_new_tokens`, `seed`, `batch_size`, `precision`, `rollout_backend`; and
+                `keep`: "best" (demonstrations: best-of-n, rejection sampling), "best_and_worst" (pairs), "threshold"
+                with `threshold=`, "top_fraction" with `fraction=`.
         """
         from rlhf_nb.stages.generate import generate
 
-        return generate(self, model, prompts=prompts, n=n, reward=reward, launch=launch, title=title, **settings)
+        return generate(
+            self, model, prompts=prompts, n=n, reward=reward, gold=gold, launch=launch, title=title, **settings
+        )
 
     def run(self, run_id: str) -> Run:
         """A run's handle by id, from any process.

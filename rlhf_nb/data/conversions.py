@@ -14,8 +14,13 @@ from rlhf_nb.errors import DataError
 Converted = tuple[list[Row], dict[str, int]]
 
 _JUDGED = {column for columns in COLUMNS.values() for column in columns} - {"prompt"}
-_JUDGED |= {"details", "scores", "completion_lengths", "completion_ended"}
+_JUDGED |= {"details", "scores", "golds", "completion_lengths", "completion_ended"}
 """Columns about completions that somebody else gave."""
+
+
+def about_completions(column: str) -> bool:
+    """Whether a column belongs to completions and not to the prompt."""
+    return column in _JUDGED
 
 
 def pairs_to_thumbs(rows: Iterable[Mapping[str, Any]]) -> Converted:

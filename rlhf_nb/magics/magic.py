@@ -229,8 +229,16 @@ def _evaluate(ws: Workspace, args: argparse.Namespace) -> Any:
 
 def _generate(ws: Workspace, args: argparse.Namespace) -> Run:
     knobs = parser.assignments(args.set, "generate")
+    knobs |= {"n": args.n} if args.n is not None else {}
+    knobs |= {"keep": args.keep} if args.keep is not None else {}
     run = ws.generate(
-        args.policy, prompts=args.prompts, n=args.n, reward=args.reward, launch=args.launch, title=args.title, **knobs
+        args.policy,
+        prompts=args.prompts,
+        reward=args.reward,
+        gold=args.gold,
+        launch=args.launch,
+        title=args.title,
+        **knobs,
     )
     return _show(run)
 

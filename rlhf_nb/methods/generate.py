@@ -1,9 +1,11 @@
-"""Completions of a model, as rows.
+"""Completions of a model, as rows; best-of-n and rejection sampling.
 
+Paper    RAFT, Dong et al. 2023, arXiv:2304.06767 (keep=best); ReST, Gulcehre et al. 2023, arXiv:2308.08998 (threshold).
 Rows     prompt.
 Models   the policy, frozen; the reward's, where one is given.
 Result   n completions of every prompt, each drawn from the policy's own distribution at the temperature, with their
-         lengths in tokens, whether they ended by themselves, and their scores.
+         lengths in tokens, whether they ended by themselves, and their scores; or what `keep` makes of them. With a
+         reward also the mean score of the best of 1, 2, 4 … n, and of the gold reward beside it.
 
 Chance is keyed by (seed, which of the n, prompt, position): a larger n keeps the completions that a smaller one drew.
 """
@@ -15,8 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rlhf_nb.data.selection import MADE, Keep, select
 from rlhf_nb.errors import SpecError
 from rlhf_nb.methods.base import LiveCoefficient, Method, Trainer
+from rlhf_nb.protocol.events import Result
 from rlhf_nb.protocol.spec import describe
 
 if TYPE_CHECKING:
@@ -43,6 +47,15 @@ class Generate(Method):
     """Completions of each prompt."""
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by it. 1 is the policy itself."""
+    keep: Keep = "all"
+    """best: of each prompt the one that scores highest, as demonstrations. best_and_worst: the two ends, as pairs.
+    threshold, top_fraction: all that are good enough, as demonstrations."""
+    threshold: float | None = None
+    """Of keep=threshold: the lowest score that is kept."""
+    fraction: float | None = Field(None, gt=0, le=1)
+    """Of keep=top_fraction: the share of all completions that is kept."""
+    drop_ties: bool = True
+    """Leave out prompts whose completions all score the same. Without it keep=best is best-of-n as a policy."""
     max_new_tokens: int = Field(64, gt=0)
     """A completion is cut here."""
     batch_size: int = Field(64, gt=0)
@@ -54,7 +67,18 @@ class Generate(Method):
     vllm_memory: float = Field(0.8, gt=0, lt=1)
     """Of rollout_backend=vllm: the share of the accelerator's memory that it takes."""
 
+    @property
+    def made_kind(self) -> str:
+        return MADE[self.keep]
+
     def check(self, spec: RunSpec) -> None:
+        if self.keep != "all" and spec.reward is None:
+            raise SpecError(f"generate: keep={self.keep} goes by a score; give --reward")
+        for knob, keep in (("threshold", "threshold"), ("fraction", "top_fraction")):
+            if (getattr(self, knob) is None) == (self.keep == keep):
+                raise SpecError(f"generate: keep={self.keep} and {knob}={getattr(self, knob)}: {knob} goes with {keep}")
+        if self.n < 2 and self.keep in ("best", "best_and_worst"):
+            raise SpecError(f"generate: keep={self.keep} of n={self.n}: give n=2 or more")
         if self.rollout_backend == "vllm" and spec.launch.num_processes > 1:
             raise SpecError(
                 f"generate: rollout_backend=vllm holds its engine in one process and there are "
@@ -95,6 +119,7 @@ class Generator:
             max_length=length,
         )
         self.score = weighted_scores(context, device=device)
+        self.gold = weighted_scores(context, "gold", device=device)
 
     def make(self, start: int, rows: Sequence[Row]) -> Made:
         import numpy as np
@@ -112,14 +137,18 @@ class Generator:
         said = self.complete([one for one in ids for _ in range(method.n)], noise_BT, temperature=method.temperature)
         texts = [one.text for one in said]
         each = [row for row in rows for _ in range(method.n)]
-        scores = self.score(each, texts) if self.score is not None else None
+        judged = {
+            column: score(each, texts)
+            for column, score in (("scores", self.score), ("golds", self.gold))
+            if score is not None
+        }
         made: list[dict[str, Any]] = []
         for index, row in enumerate(rows):
             of = slice(index * method.n, (index + 1) * method.n)
             one = {**row, "completions": texts[of]}
             one["completion_lengths"] = [len(completion.ids) for completion in said[of]]
             one["completion_ended"] = [completion.ended for completion in said[of]]
-            made.append(one if scores is None else {**one, "scores": scores[of]})
+            made.append(one | {column: values[of] for column, values in judged.items()})
         counts = {
             "cut at max_new_tokens": sum(not one.ended for one in said),
             "prompts cut at the model's context": sum(a != b for a, b in zip(whole, ids, strict=True)),
@@ -127,11 +156,57 @@ class Generator:
         return Made(made, counts={name: n for name, n in counts.items() if n})
 
     def finish(self, made: Made) -> Made:
-        return made
+        from rlhf_nb.training.row_job import Made
+
+        method = self.method
+        if self.score is not None:
+            for result in best_of(made.rows):
+                self.context.emit.event(result)
+        if method.keep == "all":
+            return made
+        rows, dropped = select(
+            made.rows,
+            method.keep,
+            threshold=method.threshold,
+            fraction=method.fraction,
+            drop_ties=method.drop_ties,
+        )
+        return Made(rows, {**made.dropped, **dropped}, made.counts)
 
     def summary(self, made: Made) -> str:
         method, spec = self.method, self.context.spec
         n = len(made.rows)
-        told = f"{n * method.n:,} completions of {n:,} prompt{'s' * (n != 1)} by {describe(spec.policy)}"
+        told = f"{n:,} rows, {method.n} completions a prompt by {describe(spec.policy)}"
         settings = f"temperature {method.temperature:g}, seed {method.seed}"
-        return f"{told}, {settings}" + (f", scored by {describe(spec.reward)}" if spec.reward is not None else "")
+        scored = f", scored by {describe(spec.reward)}" if spec.reward is not None else ""
+        kept = "" if method.keep == "all" else f", keep={method.keep}"
+        return f"{told}, {settings}{scored}{kept}"
+
+
+def best_of(rows: Sequence[Row]) -> list[Result]:
+    """What best-of-n would score for n = 1, 2, 4 … and all, told from the same completions without bias.
+
+    Each a mean over prompts with Student's 95 % interval; in `detail` n, the gold mean, and the most nats that
+    best-of-n can be away from the policy.
+    """
+    import torch
+
+    from rlhf_nb.maths.best_of_n import best_of_n_mean, kl_bound
+    from rlhf_nb.statistics.intervals import mean
+
+    scores_PN = torch.tensor([row["scores"] for row in rows], dtype=torch.float64)
+    golds = [row.get("golds") for row in rows]
+    golds_PN = torch.tensor(golds, dtype=torch.float64) if all(golds) else None
+    N = scores_PN.shape[1]
+    results = []
+    for n in sorted({*(1 << k for k in range(N.bit_length()) if 1 << k <= N), N}):
+        kept_P = best_of_n_mean(scores_PN, scores_PN, n)
+        estimate = mean(kept_P.tolist()) if len(rows) > 1 else None
+        detail: dict[str, Any] = {"best_of": n, "kl_bound": kl_bound(n)}
+        if golds_PN is not None:
+            detail["gold"] = float(best_of_n_mean(scores_PN, golds_PN, n).mean())
+        interval = (estimate.interval.low, estimate.interval.high) if estimate is not None else None
+        results.append(
+            Result(name="best_of_n", value=float(kept_P.mean()), interval=interval, n=len(rows), detail=detail)
+        )
+    return results

@@ -26,13 +26,14 @@ def generate(
     *,
     prompts: Any,
     reward: Any = None,
+    gold: Any = None,
     launch: str | None = None,
     title: str = "",
     **settings: Any,
 ) -> Run:
     """Start the job; see `Workspace.generate`."""
     method = registry.methods.get("generate").create(**settings)
-    return make_rows(workspace, method, model=model, data=prompts, reward=reward, launch=launch, title=title)
+    return make_rows(workspace, method, model=model, data=prompts, reward=reward, gold=gold, launch=launch, title=title)
 
 
 def make_rows(
@@ -42,6 +43,7 @@ def make_rows(
     model: Any,
     data: Any,
     reward: Any = None,
+    gold: Any = None,
     launch: str | None = None,
     title: str = "",
 ) -> Run:
@@ -68,6 +70,7 @@ def make_rows(
         policy=resolve_model(workspace, model, verb=verb, role="policy") if model is not None else None,
         data=rows,
         reward=resolve_reward(workspace, reward, verb=verb) if reward is not None else None,
+        gold=resolve_reward(workspace, gold, verb=verb, role="gold") if gold is not None else None,
         launch=Launch.parse(workspace.launch_flags if launch is None else launch),
         label_as=title,
         who=workspace.who,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlhf_nb.compute.rundir import LineTail, RunDir, append_line, storage_errors
 from rlhf_nb.data.rows import Row, canonical_json, encode_rows, fault
@@ -193,14 +193,15 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def weighted_scores(
-    context: Context, *, device: Any = None
+    context: Context, role: Literal["reward", "gold"] = "reward", *, device: Any = None
 ) -> Callable[[Sequence[Row], Sequence[str]], list[float]] | None:
-    """f(rows, completions) → one score each: the spec's reward, or the weighted sum of its parts; None without one."""
+    """f(rows, completions) → one score each by the spec's reward, the weighted sum of its parts; None without one."""
     from rlhf_nb.protocol.spec import reward_parts
     from rlhf_nb.rewards.functions import on_rows
     from rlhf_nb.rewards.resolve import load
 
-    parts = [(part.weight, load(context, part.reward, device=device)) for part in reward_parts(context.spec.reward)]
+    named = reward_parts(getattr(context.spec, role))
+    parts = [(part.weight, load(context, part.reward, device=device)) for part in named]
     if not parts:
         return None
 

@@ -44,6 +44,7 @@ def test_a_misspelt_verb_suggests_the_nearest(shell):
             "kl_coef=-1",
         ),
         ("%rlhf generate --policy toy", SpecError, "the following arguments are required: --prompts"),
+        ("%rlhf generate --policy toy --prompts toy-prompts --keep best", SpecError, "keep=best goes by a score"),
         ("%rlhf generate --policy toy --prompts toy-prompts --n 0", SpecError, "n=0"),
         ("%rlhf generate --policy toy --prompts toy-prompts --set seed=1", AttachError, "%rlhf attach local"),
         ("%rlhf attach server", SpecError, "needs a URL"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from math import log
+from statistics import mean
+
 import pytest
 
 from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.data.rows import content_hash, decode_rows
 from rlhf_nb.errors import DataError, SpecError
-from rlhf_nb.methods.generate import STREAM, Generator
+from rlhf_nb.methods.generate import STREAM, Generate, Generator
 from rlhf_nb.protocol.control import Stop
-from rlhf_nb.protocol.spec import CombinedReward, FunctionReward, RewardPart, RunData
+from rlhf_nb.protocol.spec import CombinedReward, FunctionReward, RewardPart, RunData, RunSpec
 from rlhf_nb.training.data import load_rows
 
 PROMPTS = [{"prompt": f"Where is house {i}?", "answer": f"{i}"} for i in range(5)]
@@ -33,7 +37,7 @@ def test_every_prompt_keeps_its_columns_and_gets_n_completions(job):
     assert all(len(row["completions"]) == 3 and "scores" not in row for row in rows)
     event = saved(place)
     assert (event.row_kind, event.rows, event.content_hash) == ("completions", 5, content_hash(rows))
-    assert event.summary == "15 completions of 5 prompts by tiny, temperature 0.8, seed 7"
+    assert event.summary == "5 rows, 3 completions a prompt by tiny, temperature 0.8, seed 7"
     cut = sum(not ended for row in rows for ended in row["completion_ended"])
     assert event.counts.get("cut at max_new_tokens", 0) == cut > 0
     assert all((length == 6) or ended for row in rows for length, ended in
@@ -128,6 +132,72 @@ def test_completions_are_scored_by_the_weighted_sum_of_the_rewards(job):
     for index, row in enumerate(rows_of(place)):
         assert row["scores"] == pytest.approx([2 * index - 0.5 * len(text) for text in row["completions"]])
     assert saved(place).summary.endswith("scored by length + number")
+
+
+LENGTH = FunctionReward(
+    name="length", source="def f(prompts, completions, **c):\n    return [len(x) for x in completions]"
+)
+VOWELS = FunctionReward(
+    name="vowels",
+    source="def f(prompts, completions, **c):\n    return [sum(x in 'aeiou' for x in y) for y in completions]",
+)
+
+
+def test_the_results_are_the_mean_of_the_maximum_over_every_subset(job):
+    place = job("generate", PROMPTS, config=CONFIG, reward=LENGTH, gold=VOWELS)
+    rows = rows_of(place)
+    assert all(len(row["golds"]) == 3 for row in rows)
+    results = {event.detail["best_of"]: event for event in place.events() if event.kind == "result"}
+    assert list(results) == [1, 2, 3]
+    for n, result in results.items():
+        of = [[max(subset) for subset in combinations(row["scores"], n)] for row in rows]
+        assert result.value == pytest.approx(mean(map(mean, of)), rel=1e-12)
+        assert result.interval[0] <= result.value <= result.interval[1]
+        assert result.detail["kl_bound"] == pytest.approx(log(n) - (n - 1) / n)
+    assert results[1].detail["gold"] == pytest.approx(mean(map(mean, (row["golds"] for row in rows))))
+
+
+@pytest.mark.parametrize(("keep", "kind"), [("best", "demonstrations"), ("best_and_worst", "pairs")])
+def test_what_is_kept_are_the_ends_of_what_was_drawn(job, keep, kind):
+    drawn = rows_of(job("generate", PROMPTS, name="all", config=CONFIG, reward=LENGTH))
+    place = job("generate", PROMPTS, name=keep, config={**CONFIG, "keep": keep}, reward=LENGTH)
+    kept = {row["prompt"]: row for row in rows_of(place)}
+    event = saved(place)
+    assert (event.row_kind, event.rows) == (kind, len(kept))
+    assert len(kept) + sum(event.dropped.values()) == len(PROMPTS)
+    for row in drawn:
+        if (one := kept.get(row["prompt"])) is None:
+            continue
+        assert one.get("completion", one.get("chosen")) == max(row["completions"], key=len)
+        assert keep == "best" or one["rejected"] == min(row["completions"], key=len)
+        assert one["answer"] == row["answer"]
+    assert event.summary.endswith(f"scored by length, keep={keep}")
+
+
+def test_nothing_left_to_keep_is_said_with_the_reasons(job):
+    flat = FunctionReward(
+        name="flat", source="def f(prompts, completions, **c):\n    return [0.0 for _ in completions]"
+    )
+    with pytest.raises(DataError, match="no row is left of 5 \\(5 prompts whose completions all score the same\\)"):
+        job("generate", PROMPTS, config={**CONFIG, "keep": "best"}, reward=flat)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"keep": "threshold"}, "keep=threshold and threshold=None"),
+        ({"threshold": 1.0}, "keep=all and threshold=1.0: threshold goes with threshold"),
+        ({"keep": "best", "n": 1}, "keep=best of n=1: give n=2 or more"),
+        ({"keep": "top_fraction"}, "keep=top_fraction and fraction=None"),
+    ],
+)
+def test_keeping_that_makes_no_sense_is_refused_before_the_start(knobs, says):
+    method = Generate.create(**knobs)
+    spec = RunSpec(run_id="r", workspace_id="w", method="generate", config={}, created=0.0, reward=LENGTH)
+    with pytest.raises(SpecError, match=says):
+        method.check(spec)
+    with pytest.raises(SpecError, match="keep=best goes by a score; give --reward"):
+        Generate.create(keep="best").check(spec.model_copy(update={"reward": None}))
 
 
 def test_rows_a_run_made_are_the_next_runs_rows_or_its_prompts(job):
