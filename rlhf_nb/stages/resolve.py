@@ -47,6 +47,8 @@ NAMED_DATA = {
     "toy-rankings": "rankings",
     "toy-thumbs": "thumbs",
     "toy-prompts": "prompts",
+    "toy-candour-demonstrations": "demonstrations",
+    "toy-candour-pairs": "pairs",
 }
 _MODEL_KINDS = (NamedModel, RunModel, PathModel, HubModel)
 

@@ -26,12 +26,14 @@ def embedded_rows(name: str) -> tuple[str, list[Row]]:
     return dataset(name)
 
 
-def load_rows(reference: NamedData | BlobData | RunData, blobs: Path, kind: str, *, runs_root: Path) -> list[Row]:
+def load_rows(
+    reference: NamedData | BlobData | RunData, blobs: Path, kind: str, *, runs_root: Path | None = None
+) -> list[Row]:
     """The rows a reference stands for.
 
     Args:
         kind: What the method trains on; rows with a prompt of any kind serve where `prompts` are wanted.
-        runs_root: Folder of run directories, where the rows that a run made are found.
+        runs_root: Folder of run directories, where the rows that a run made are found; by default that of `blobs`.
 
     Raises:
         DataError: The blob is missing or damaged, the kind is another, or a row, named by its number, cannot be used.
@@ -55,7 +57,7 @@ def load_rows(reference: NamedData | BlobData | RunData, blobs: Path, kind: str,
                 )
             rows = decode_rows(data)
         case RunData(run_id=name, row_kind=found):
-            path = RunDir(runs_root / name).rows_path
+            path = RunDir((runs_root or blobs.parent) / name).rows_path
             try:
                 rows = decode_rows(path.read_bytes())
             except FileNotFoundError:
