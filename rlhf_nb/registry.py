@@ -59,6 +59,7 @@ methods = Registry(
         "gspo": "rlhf_nb.methods.grpo:GSPO",
         "dapo": "rlhf_nb.methods.grpo:DAPO",
         "rloo": "rlhf_nb.methods.rloo:RLOO",
+        "generate": "rlhf_nb.methods.generate:Generate",
         "evaluate": "rlhf_nb.evaluation.accuracy:Evaluate",
     },
 )

@@ -30,6 +30,7 @@ from rlhf_nb.protocol.spec import CombinedReward, ModelReward, RunModel, RunSpec
 if TYPE_CHECKING:
     import pandas
 
+    from rlhf_nb.data.dataset import Dataset
     from rlhf_nb.workspace import Workspace
 
 POLL_S = 0.05
@@ -190,6 +191,18 @@ class Run:
     def model(self) -> RunModel:
         """The model this run saves, by run id: usable before it exists."""
         return RunModel(run_id=self.id)
+
+    @property
+    def data(self) -> Dataset:
+        """The rows this run made, brought here once. A run that has not finished is itself what `data=` takes.
+
+        Raises:
+            SpecError: It makes no rows.
+            UnavailableError: It has saved none yet.
+        """
+        from rlhf_nb.stages.generate import made_rows
+
+        return made_rows(self.workspace, self)
 
     def events(self, since: int = 0) -> list[AnyEvent]:
         """Every event after `since`, in the order of `seq`."""

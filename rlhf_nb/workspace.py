@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
 DEFAULT_TARGET = "rlhf-workspace"
 _AUDITED = frozenset(
-    {"coefficient_changed", "reward_replaced", "checkpoint_saved", "model_saved", "finished", "stopped", "failed"}
+    {
+        "coefficient_changed",
+        "reward_replaced",
+        "checkpoint_saved",
+        "model_saved",
+        "data_saved",
+        "finished",
+        "stopped",
+        "failed",
+    }
 )
 
 
@@ -243,6 +252,38 @@ class Workspace:
 
         return evaluate(self, model, data=data, timeout=timeout)
 
+    def generate(
+        self,
+        model: Any,
+        *,
+        prompts: Any,
+        n: int = 4,
+        reward: Any = None,
+        gold: Any = None,
+        launch: str | None = None,
+        title: str = "",
+        **settings: Any,
+    ) -> Run:
+        """Draw completions of prompts as a data set. Returns at once; the run is what `data=` of the next one takes.
+
+        `run.wait().data` is the data set, its rows `prompt`, `completions` and, with a reward, `scores`. Killed at any
+        moment it goes on with `run.resume()` and gives the same rows.
+
+        Args:
+            model: A run, a name, a directory or a hub id.
+            prompts: Any data set; each of its prompts is completed `n` times.
+            reward: What scores the completions, as `train` takes it; `run.fold.results` then tell what best-of-n would
+                score for every n up to this one. gold: A second one, only noted beside.
+            settings: `temperature`, `max_new_tokens`, `seed`, `batch_size`, `precision`, `rollout_backend`; and
+                `keep`: "best" (demonstrations: best-of-n, rejection sampling), "best_and_worst" (pairs), "threshold"
+                with `threshold=`, "top_fraction" with `fraction=`.
+        """
+        from rlhf_nb.stages.generate import generate
+
+        return generate(
+            self, model, prompts=prompts, n=n, reward=reward, gold=gold, launch=launch, title=title, **settings
+        )
+
     def run(self, run_id: str) -> Run:
         """A run's handle by id, from any process.
 
@@ -295,7 +336,7 @@ class Workspace:
         client.submit(spec, blobs)
         self._remember(spec)
         self.audit("submit", spec.run_id, {"method": spec.method, "title": spec.title, "config": spec.config})
-        for parent in spec.parents:
+        for parent in spec.model_parents:
             self.store.add_lineage(spec.run_id, parent, "model")
         for data in spec.data_sets:
             self.store.add_lineage(spec.run_id, describe(data), "data")

@@ -42,6 +42,8 @@ from rlhf_nb.protocol.spec import BlobData, Launch, RunSpec
 
 CHUNK = 1 << 20
 """Bytes of events in one message."""
+BLOB_CHUNK = 4 << 20
+"""Bytes of rows in one message."""
 PUSH_S = 0.025
 """Seconds between two pushes to one subscriber, except while it catches up."""
 LOOK_S = 0.008
@@ -240,6 +242,14 @@ class Agent:
                         f"rows arrived damaged: content hash {found[:12]}, expected {name[:12]}; submit again"
                     )
                 os.replace(scratch, target)
+
+    def op_rows(self, run_id: str, offset: int) -> tuple[dict[str, Any], bytes]:
+        """One piece of the rows a run made."""
+        path = self.run_dir(run_id).rows_path
+        with open(path, "rb") as handle:
+            handle.seek(offset)
+            piece = handle.read(BLOB_CHUNK)
+            return {"more": handle.tell() < os.fstat(handle.fileno()).st_size}, piece
 
     def op_submit(self, spec: dict[str, Any]) -> dict[str, Any]:
         asked = RunSpec.model_validate(spec)

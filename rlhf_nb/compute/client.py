@@ -296,6 +296,15 @@ class Client:
             piece = content[offset : offset + BLOB_CHUNK]
             self.request("put_blob", piece, name=name, offset=offset, last=offset + BLOB_CHUNK >= len(content))
 
+    def rows(self, run_id: str) -> bytes:
+        """The rows a run made, as canonical JSONL."""
+        pieces: list[bytes] = []
+        while True:
+            said, piece = self.request("rows", run_id=run_id, offset=sum(map(len, pieces)))
+            pieces.append(piece)
+            if not said["more"]:
+                return b"".join(pieces)
+
     def runs(self) -> list[dict[str, Any]]:
         """Every run on the compute side, oldest first."""
         return self.request("runs")

@@ -9,6 +9,7 @@ ranks/           per rank: who it is, its last error, how it ended
 exit.json        how the attempt ended; written before the terminal event
 log.txt          stdout and stderr of every process
 checkpoints/  model/
+data/            rows.jsonl, what the run made; made-<rank>.jsonl, what it has made so far
 """
 
 from __future__ import annotations
@@ -238,6 +239,8 @@ class RunDir:
         self.log_path = self.path / "log.txt"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.data = self.path / "data"
+        self.rows_path = self.data / "rows.jsonl"
         self.ranks = self.path / "ranks"
         self._reserve = self.path / ".reserve"
 

@@ -75,17 +75,17 @@ def reap() -> None:
 
 
 def parent_state(runs_root: Path, parent: str) -> tuple[str, str]:
-    """Whether a parent's model can be used: `ready`, `pending` or `failed` with the reason."""
+    """Whether a parent's model, or the rows it made, can be used: `ready`, `pending` or `failed` with the reason."""
     run = RunDir(Path(runs_root) / parent)
     if not run.spec_path.exists():
-        return "failed", f"its parent {parent} is not on this compute; train it here, or give a directory"
+        return "failed", f"its parent {parent} is not on this compute; run it here, or give a directory"
     ended = run.exit()
     if ended is None:
         return "pending", ""
     if ended["outcome"] == "failed":
         return "failed", f"its parent {parent} failed: {ended['reason']}"
-    if not run.model.is_dir():
-        return "failed", f"its parent {parent} was stopped before it had saved a model"
+    if not run.model.is_dir() and not run.rows_path.exists():
+        return "failed", f"its parent {parent} was stopped before it had saved a model or rows"
     return "ready", ""
 
 

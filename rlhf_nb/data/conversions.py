@@ -13,8 +13,14 @@ from rlhf_nb.errors import DataError
 
 Converted = tuple[list[Row], dict[str, int]]
 
-_JUDGED = {column for columns in COLUMNS.values() for column in columns} - {"prompt"} | {"details"}
+_JUDGED = {column for columns in COLUMNS.values() for column in columns} - {"prompt"}
+_JUDGED |= {"details", "scores", "golds", "completion_lengths", "completion_ended"}
 """Columns about completions that somebody else gave."""
+
+
+def about_completions(column: str) -> bool:
+    """Whether a column belongs to completions and not to the prompt."""
+    return column in _JUDGED
 
 
 def pairs_to_thumbs(rows: Iterable[Mapping[str, Any]]) -> Converted:
@@ -105,6 +111,7 @@ CONVERSIONS: dict[tuple[str, str], Callable[[Iterable[Mapping[str, Any]]], Conve
     ("pairs", "prompts"): to_prompts,
     ("rankings", "prompts"): to_prompts,
     ("thumbs", "prompts"): to_prompts,
+    ("completions", "prompts"): to_prompts,
 }
 
 

@@ -14,6 +14,7 @@ from rlhf_nb.errors import DataError
 if TYPE_CHECKING:
     import pandas
 
+    from rlhf_nb.data.selection import Keep
     from rlhf_nb.store import Store
 
 
@@ -138,6 +139,23 @@ class Dataset:
         return Dataset(
             f"{self.name}-{kind}", kind, rows, summary=summarize(len(rows), kind, self.name, dropped), dropped=dropped
         )
+
+    def select(
+        self, keep: Keep, *, threshold: float | None = None, fraction: float | None = None, drop_ties: bool = True
+    ) -> Dataset:
+        """Of scored completions: the `best` of each prompt as demonstrations, `best_and_worst` as pairs, those above a
+        `threshold` or the `top_fraction` of all as demonstrations. See `data.selection.select`."""
+        from rlhf_nb.data.importers import summarize
+        from rlhf_nb.data.selection import MADE, select
+
+        if self.kind != "completions":
+            raise DataError(f"{self.name!r} holds {self.kind}: select works on completions with scores")
+        rows, dropped = select(self.rows, keep, threshold=threshold, fraction=fraction, drop_ties=drop_ties)
+        kind = MADE[keep]
+        if not rows:
+            raise DataError(f"{self.name!r}: keep={keep} leaves no {kind} of its {len(self):,} prompts")
+        line = summarize(len(rows), kind, f"{self.name}, {keep}", dropped)
+        return Dataset(f"{self.name}-{keep.replace('_', '-')}", kind, rows, summary=line, dropped=dropped)
 
     def __len__(self) -> int:
         return self._n if self._n is not None and self._rows is None else len(self.rows)

@@ -266,6 +266,11 @@ def _rankings(record: Record) -> Row:
     return {**row, **rest(record, *row)}
 
 
+def _sampled(record: Record) -> Row:
+    row = {"prompt": _prompt_of(record["prompt"]), "completions": record["completions"]}
+    return {**row, **rest(record, *row)}
+
+
 def _tree_rankings(record: Record) -> Row:
     """OpenAssistant: replies to one message, rank 0 the best. What else is known of a reply is kept in `details`."""
     ranked = [each for each in record["responses"] or () if isinstance(each, Mapping) and each.get("rank") is not None]
@@ -386,6 +391,7 @@ def _chat_prompts(column: str) -> Callable[[Record], bool]:
 
 FORMATS: tuple[Format, ...] = (
     Format("prompt, completions and ranks", "rankings", has("prompt", "completions", "ranks"), _rankings),
+    Format("prompt and completions", "completions", has("prompt", "completions"), _sampled),
     Format("OpenAssistant rankings", "rankings", lambda r: _chat("messages", "responses")(r), _tree_rankings),
     Format("prompt, chosen and rejected", "pairs", has("prompt", "chosen", "rejected"), _explicit_pairs),
     Format("sharegpt pairs", "pairs", _sharegpt("chosen", "rejected"), _sharegpt_pairs),

@@ -7,6 +7,7 @@
 | `rankings` | `prompt`, `completions`, `ranks` (0 is best; equal ranks are ties) |
 | `thumbs` | `prompt`, `completion`, `label` |
 | `prompts` | `prompt` |
+| `completions` | `prompt`, `completions` (what a model said; `scores` beside where they were scored) |
 
 A prompt is a string, or a list of chat messages `{"role", "content"}`. A completion is always one string: what the
 assistant says next. Further columns are kept as they are. `to_trl` gives the shape TRL's trainers want.
@@ -30,6 +31,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "rankings": ("prompt", "completions", "ranks"),
     "thumbs": ("prompt", "completion", "label"),
     "prompts": ("prompt",),
+    "completions": ("prompt", "completions"),
 }
 KINDS = tuple(COLUMNS)
 COMPLETION_COLUMNS = ("completion", "chosen", "rejected")
@@ -130,7 +132,20 @@ def fault(kind: str, row: Mapping[str, Any]) -> str | None:
         return "label is not true or false"
     if kind == "rankings":
         return _ranking_fault(row["completions"], row["ranks"])
+    if kind == "completions":
+        return _completions_fault(row["completions"], row.get("scores"))
     return None
+
+
+def _completions_fault(completions: Any, scores: Any) -> str | None:
+    # What a model said may be empty: it counts among the others.
+    if not isinstance(completions, list) or not completions or not all(isinstance(c, str) for c in completions):
+        return "completions is not a list of texts"
+    if scores is None:
+        return None
+    if not isinstance(scores, list) or not all(isinstance(s, int | float) and not isinstance(s, bool) for s in scores):
+        return "scores is not a list of numbers"
+    return None if len(scores) == len(completions) else "scores and completions differ in length"
 
 
 def _ranking_fault(completions: Any, ranks: Any) -> str | None:

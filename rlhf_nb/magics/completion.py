@@ -77,12 +77,16 @@ def _runs(method: str | None = None) -> list[str]:
 
 
 def _models() -> list[str]:
-    return [*NAMED_MODELS, *(r for r in _runs() if not r.startswith("evaluate-"))]
+    ws = _open()
+    return [*NAMED_MODELS, *(r for r in _runs() if ws and parser.is_training(ws.spec(r).method))]
 
 
 def _data() -> list[str]:
     ws = _open()
-    return [*NAMED_DATA, *([record.name for record in ws.store.datasets()] if ws is not None else [])]
+    if ws is None:
+        return list(NAMED_DATA)
+    made = [run_id for run_id in ws.run_ids() if registry.methods.get(ws.spec(run_id).method).makes]
+    return [*NAMED_DATA, *dict.fromkeys([*(record.name for record in ws.store.datasets()), *made])]
 
 
 def _functions() -> list[str]:

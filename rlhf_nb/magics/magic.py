@@ -227,6 +227,22 @@ def _evaluate(ws: Workspace, args: argparse.Namespace) -> Any:
     return ws.evaluate(args.model, data=args.data)
 
 
+def _generate(ws: Workspace, args: argparse.Namespace) -> Run:
+    knobs = parser.assignments(args.set, "generate")
+    knobs |= {"n": args.n} if args.n is not None else {}
+    knobs |= {"keep": args.keep} if args.keep is not None else {}
+    run = ws.generate(
+        args.policy,
+        prompts=args.prompts,
+        reward=args.reward,
+        gold=args.gold,
+        launch=args.launch,
+        title=args.title,
+        **knobs,
+    )
+    return _show(run)
+
+
 def _pending(word: str) -> Callable[[Workspace, argparse.Namespace], Any]:
     def act(ws: Workspace, args: argparse.Namespace) -> Any:
         run = _run(ws, args.run)
@@ -241,6 +257,7 @@ _CALLS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
     "import": lambda ws, args: ws.import_data(args.source, name=args.name, kind=args.kind, split=args.split),
     "label": _label,
     "evaluate": _evaluate,
+    "generate": _generate,
     "models": lambda ws, args: ws.models(),
     "data": lambda ws, args: ws.datasets(),
     "runs": lambda ws, args: ws.runs(),

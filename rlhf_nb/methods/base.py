@@ -98,7 +98,9 @@ class Method(BaseModel):
     """Whether a frozen reference is held, so that a tether can be drawn."""
     needs_reward: ClassVar[bool] = False
     trains: ClassVar[bool] = True
-    """False for jobs that only measure: they save no model."""
+    """False for jobs that only measure, or make rows: they save no model."""
+    makes: ClassVar[str] = ""
+    """Kind of rows it makes, for jobs whose result is a data set. Empty: none."""
     live: ClassVar[tuple[LiveCoefficient, ...]] = (LEARNING_RATE,)
 
     max_steps: int = Field(100, gt=0)
@@ -130,6 +132,11 @@ class Method(BaseModel):
     def build_trainer(self, context: Context) -> Trainer:
         """Build what trains, beside the accelerator. The only code that knows a trainer library's names."""
         raise TypeError(f"{type(self).__name__} has no trainer")
+
+    @property
+    def made_kind(self) -> str:
+        """Kind of the rows that this one makes, where its knobs decide."""
+        return self.makes
 
     quantizes: ClassVar[bool] = False
     """It can hold the base of an adapter in 4 bits."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from rlhf_nb.protocol.spec import OneReward, describe
+from rlhf_nb.protocol.spec import OneReward, RowKind, describe
 
 State = Literal["waiting", "starting", "running", "paused", "finished", "stopped", "failed"]
 TERMINAL: frozenset[str] = frozenset({"finished", "stopped", "failed"})
@@ -216,6 +216,23 @@ class ModelSaved(Event):
     content_hash: str = ""
 
 
+class DataSaved(Event):
+    """The rows that a run has made. They lie in its directory, in the order of what they were made from."""
+
+    kind: Literal["data_saved"] = "data_saved"
+    path: str
+    """Relative to the run directory."""
+    row_kind: RowKind
+    rows: int
+    content_hash: str
+    summary: str = ""
+    """One line: what it holds and what made it."""
+    dropped: dict[str, int] = {}
+    """Reason → how many rows could not be made or were left out."""
+    counts: dict[str, int] = {}
+    """What else the job counted."""
+
+
 class Notice(Event):
     """A line a person should read: rows dropped, a limit reached, the supervisor lost."""
 
@@ -284,6 +301,7 @@ AnyEvent = Annotated[
     | Resumed
     | CheckpointSaved
     | ModelSaved
+    | DataSaved
     | Notice
     | Result
     | TrainingEnded

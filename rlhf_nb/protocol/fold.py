@@ -16,6 +16,7 @@ from rlhf_nb.protocol.events import (
     CoefficientChanged,
     ControlAcknowledged,
     ControlRefused,
+    DataSaved,
     Failed,
     Finished,
     Metric,
@@ -73,6 +74,8 @@ class RunFold:
     result: Result | None = None
     results: list[Result] = field(default_factory=list)
     model: ModelSaved | None = None
+    data: DataSaved | None = None
+    """The rows it made."""
     acknowledged: dict[str, int] = field(default_factory=dict)
     """Control id → step at which it was read."""
     refused: dict[str, str] = field(default_factory=dict)
@@ -122,6 +125,8 @@ class RunFold:
                 self.checkpoints.append(event)
             case ModelSaved():
                 self.model = event
+            case DataSaved():
+                self.data = event
             case Notice():
                 self.notices.append(event)
                 if event.code == "not_finite":

@@ -50,6 +50,9 @@ class HubModel(Frozen):
 ModelRef = Annotated[NamedModel | RunModel | PathModel | HubModel, Field(discriminator="kind")]
 
 
+RowKind = Literal["demonstrations", "pairs", "rankings", "thumbs", "prompts", "completions"]
+
+
 class NamedData(Frozen):
     """Data the toy world writes: `toy-pairs` and its like. Generated where it is used, equal everywhere."""
 
@@ -62,12 +65,20 @@ class BlobData(Frozen):
 
     kind: Literal["blob"] = "blob"
     content_hash: str
-    row_kind: Literal["demonstrations", "pairs", "rankings", "thumbs", "prompts"]
+    row_kind: RowKind
     n: int
     name: str = ""
 
 
-OneData = Annotated[NamedData | BlobData, Field(discriminator="kind")]
+class RunData(Frozen):
+    """The rows a run makes, when it finishes or its user stops it. They stay where they were made."""
+
+    kind: Literal["run"] = "run"
+    run_id: str
+    row_kind: RowKind
+
+
+OneData = Annotated[NamedData | BlobData | RunData, Field(discriminator="kind")]
 
 
 class DataPart(Frozen):
@@ -83,7 +94,7 @@ class MixedData(Frozen):
     parts: tuple[DataPart, ...] = Field(min_length=2)
 
 
-DataRef = Annotated[NamedData | BlobData | MixedData, Field(discriminator="kind")]
+DataRef = Annotated[NamedData | BlobData | RunData | MixedData, Field(discriminator="kind")]
 
 
 def data_parts(data: Any) -> tuple[DataPart, ...]:
@@ -235,12 +246,18 @@ class RunSpec(Frozen):
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """Runs whose model this run needs, each once, in the order of the spec."""
+        """Runs whose model or rows this run needs, each once, in the order of the spec."""
+        made = (data.run_id for data in self.data_sets if isinstance(data, RunData))
+        return tuple(dict.fromkeys((*self.model_parents, *made)))
+
+    @property
+    def model_parents(self) -> tuple[str, ...]:
+        """Runs whose model this run needs."""
         policy = (self.policy.run_id,) if isinstance(self.policy, RunModel) else ()
         return tuple(dict.fromkeys((*policy, *parents_of(self.reward), *parents_of(self.gold))))
 
     @property
-    def data_sets(self) -> tuple[NamedData | BlobData, ...]:
+    def data_sets(self) -> tuple[NamedData | BlobData | RunData, ...]:
         """Every data set that the run reads."""
         kept = (self.data, self.held_out, self.pretraining)
         return tuple(part.data for data in kept for part in data_parts(data))
@@ -263,7 +280,7 @@ def describe(reference: Any) -> str:
             return ""
         case NamedModel() | NamedData() | NamedReward() | FunctionReward():
             return reference.name
-        case RunModel():
+        case RunModel() | RunData():
             return reference.run_id
         case PathModel():
             return reference.path.rstrip("/").rsplit("/", 1)[-1]

@@ -103,6 +103,13 @@ def checked(function: Callable[..., Any], name: str, *, options: frozenset[str] 
     return score
 
 
+def on_rows(function: RewardFunction, rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[float]:
+    """A score for a completion of each row's prompt. The columns that all rows have go along."""
+    shared = set.intersection(*(set(row) for row in rows)) - {"prompt"}
+    columns = {name: [row[name] for row in rows] for name in sorted(shared)}
+    return function([row["prompt"] for row in rows], list(texts), **columns)
+
+
 def _takes(function: Callable[..., Any]) -> set[str] | None:
     """Names of the columns that a function can be given; None where it takes any."""
     parameters = inspect.signature(function).parameters.values()

@@ -74,6 +74,8 @@ def dataset(workspace: Workspace, name: str) -> Dataset:
         from rlhf_nb.stages.label import labelled
 
         return labelled(workspace, name)
+    if name in workspace.run_ids():
+        return workspace.run(name).data
     try:
         return Dataset.from_store(workspace.store, name)
     except NotFoundError:

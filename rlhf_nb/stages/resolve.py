@@ -31,11 +31,13 @@ from rlhf_nb.protocol.spec import (
     PathModel,
     RewardPart,
     RewardRef,
+    RunData,
     RunModel,
 )
 from rlhf_nb.rewards.functions import named
 
 if TYPE_CHECKING:
+    from rlhf_nb.data.dataset import Dataset
     from rlhf_nb.workspace import Workspace
 
 NAMED_MODELS = ("toy", "toy-sft")
@@ -45,6 +47,8 @@ NAMED_DATA = {
     "toy-rankings": "rankings",
     "toy-thumbs": "thumbs",
     "toy-prompts": "prompts",
+    "toy-candour-demonstrations": "demonstrations",
+    "toy-candour-pairs": "pairs",
 }
 _MODEL_KINDS = (NamedModel, RunModel, PathModel, HubModel)
 
@@ -73,7 +77,7 @@ def resolve_model(workspace: Workspace, value: Any, *, verb: str, role: str) -> 
         return NamedModel(name=value)
     if value in workspace.run_ids():
         if not registry.methods.get(workspace.spec(value).method).trains:
-            raise SpecError(f"{verb}: {role} {value} is an evaluation and saves no model; %rlhf models lists models")
+            raise SpecError(f"{verb}: {role} {value} trains nothing and saves no model; %rlhf models lists models")
         return RunModel(run_id=value)
     directory = Path(value).expanduser()
     if (directory / "config.json").exists() or (directory / "adapter_config.json").exists():
@@ -106,6 +110,11 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> D
         return value
     if isinstance(value, Mapping):
         return _mixture(workspace, value, verb=verb, rows=rows)
+    if isinstance(value, RunData) or is_run(value) or (isinstance(value, str) and value in workspace.run_ids()):
+        made = _made_by(workspace, value, verb=verb, rows=rows)
+        if isinstance(made, RunData):
+            return made
+        value = made
     if isinstance(value, (NamedData, BlobData)):
         kind, reference = (NAMED_DATA[value.name] if isinstance(value, NamedData) else value.row_kind), value
         dataset = None
@@ -131,6 +140,25 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> D
     raise DataError(f'{verb}: data "{name}" holds {kind}, and {verb} trains on {rows}; %rlhf data lists what there is')
 
 
+def _made_by(workspace: Workspace, value: Any, *, verb: str, rows: str) -> RunData | Dataset:
+    """The rows a run makes: by its id where they are of the right kind, so that they need neither exist nor travel."""
+    run_id = getattr(value, "run_id", None) or str(value)
+    spec = workspace.spec(run_id)
+    kind = registry.methods.get(spec.method).create(**spec.config).made_kind
+    if not kind:
+        raise SpecError(
+            f"{verb}: data {run_id} is a {spec.method} run and makes no rows; %rlhf data lists what there is"
+        )
+    if rows in (kind, "prompts"):
+        return RunData(run_id=run_id, row_kind=kind)
+    run = workspace.run(run_id)
+    if run.state not in ("finished", "stopped"):
+        raise DataError(
+            f"{verb}: data {run_id} will hold {kind}, and {verb} trains on {rows}; wait for it, then convert"
+        )
+    return run.data
+
+
 def _mixture(workspace: Workspace, value: Mapping[Any, Any], *, verb: str, rows: str) -> DataRef:
     if rows != "prompts":
         raise SpecError(
@@ -141,7 +169,7 @@ def _mixture(workspace: Workspace, value: Mapping[Any, Any], *, verb: str, rows:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise SpecError(f"{verb}: prompts {one}={weight!r}: a share is a number above 0")
         reference = resolve_data(workspace, one, verb=verb, rows=rows)
-        assert isinstance(reference, NamedData | BlobData)
+        assert isinstance(reference, NamedData | BlobData | RunData)
         parts.append(DataPart(data=reference, weight=float(weight)))
     if len(parts) < 2:
         raise SpecError(f"{verb}: prompts={dict(value)!r}: one data set needs no share; give its name")

@@ -122,6 +122,13 @@ def datasets(workspace: Workspace) -> Table:
     rows: list[dict[str, Any]] = [
         {"data": name, "kind": kind, "rows": None, "summary": "toy world"} for name, kind in NAMED_DATA.items()
     ]
-    for record in workspace.store.datasets():
+    kept = workspace.store.datasets()
+    for run_id in workspace.run_ids():
+        spec = workspace.spec(run_id)
+        if spec.method in registry.methods and run_id not in {record.name for record in kept}:
+            kind = registry.methods.get(spec.method).create(**spec.config).made_kind
+            state = workspace.store_state(run_id)
+            rows += [{"data": run_id, "kind": kind, "rows": None, "summary": f"{spec.title}: {state}"}] if kind else []
+    for record in kept:
         rows.append({"data": record.name, "kind": record.kind, "rows": record.n, "summary": record.summary})
     return Table(["data", "kind", "rows", "summary"], rows)

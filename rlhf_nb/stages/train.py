@@ -14,6 +14,7 @@ from rlhf_nb.protocol.spec import (
     LoRA,
     NamedData,
     NamedReward,
+    RunData,
     RunSpec,
     data_parts,
     reward_parts,
@@ -89,11 +90,11 @@ def train(
             f"{verb}: adapter quantize={spec.adapter.quantize} is for ppo so far; use quantize=none with {verb}"
         )
     method.check(spec)
-    _try_rewards(workspace, spec, timeout=min(TRIAL_S, getattr(method, "reward_timeout", 0) or TRIAL_S))
+    try_rewards(workspace, spec, timeout=min(TRIAL_S, getattr(method, "reward_timeout", 0) or TRIAL_S))
     return submit(workspace, spec)
 
 
-def _try_rewards(workspace: Workspace, spec: RunSpec, *, timeout: float) -> None:
+def try_rewards(workspace: Workspace, spec: RunSpec, *, timeout: float = TRIAL_S) -> None:
     """Functions score a few samples; of registered rewards it is seen that the rows have their columns.
 
     Raises:
@@ -111,7 +112,10 @@ def _try_rewards(workspace: Workspace, spec: RunSpec, *, timeout: float) -> None
                 require_columns(reward, rows)
 
 
-def _some_rows(workspace: Workspace, data: NamedData | BlobData, n: int = 3) -> list[dict[str, Any]]:
+def _some_rows(workspace: Workspace, data: NamedData | BlobData | RunData, n: int = 3) -> list[dict[str, Any]]:
+    if isinstance(data, RunData):
+        # They may not exist yet, and they are where the run is.
+        return []
     if isinstance(data, NamedData):
         return list(workspace.dataset(data.name).rows[:n])
     return workspace.store.get_rows(data.content_hash)[:n]

@@ -12,13 +12,14 @@ from functools import cache
 from typing import Literal
 
 from rlhf_nb.errors import DataError, NotFoundError, did_you_mean
-from rlhf_nb.toy import chance, grammar, questions, writers
+from rlhf_nb.toy import chance, flattery, grammar, questions, writers
 from rlhf_nb.toy.annotators import Annotator
 from rlhf_nb.toy.questions import Question
 
 DatasetKind = Literal["demonstrations", "pairs", "rankings", "thumbs", "prompts"]
 DEFAULT_SIZES: dict[str, int] = {
     "toy-demonstrations": 2000, "toy-pairs": 2000, "toy-rankings": 500, "toy-thumbs": 2000, "toy-prompts": 1000,
+    "toy-candour-demonstrations": 1000, "toy-candour-pairs": 1000,
 }  # fmt: skip
 COMPLETIONS_RANKED = 4
 HELD_OUT_SHARE = 0.1
@@ -74,6 +75,43 @@ def thumbs(n: int, seed: int = 0, annotator: Annotator | None = None) -> list[di
     return rows
 
 
+def candour_demonstrations(n: int, seed: int = 0, held_out: bool = False) -> list[dict]:
+    """{"prompt", "completion"}: n different answers that do not flatter, to questions that invite it (`flattery`)."""
+
+    def row(question: Question, prompt: str, rng: random.Random) -> dict:
+        return {"prompt": prompt, "completion": flattery.candid(question, rng)}
+
+    return _different(n, chance.generator("candour demonstrations", seed), row, held_out)
+
+
+def candour_pairs(n: int, seed: int = 0, held_out: bool = False) -> list[dict]:
+    """{"prompt", "chosen", "rejected"}: n different pairs of a candid and a flattering answer of the same length."""
+
+    def row(question: Question, prompt: str, rng: random.Random) -> dict:
+        honest, pleasing = flattery.candid_and_flattering(question, rng)
+        return {"prompt": prompt, "chosen": honest, "rejected": pleasing}
+
+    return _different(n, chance.generator("candour pairs", seed), row, held_out)
+
+
+def _different(
+    n: int, rng: random.Random, row: Callable[[Question, str, random.Random], dict], held_out: bool
+) -> list[dict]:
+    rows: dict[tuple[str, ...], dict] = {}
+    for _ in range(20 * _count(n)):
+        wanted = chance.weighted(rng, dict(flattery.SHARES))
+        kind = wanted if wanted in ("unknown", "opinion") else "check"
+        while True:
+            question, prompt = chance.pick(rng, _all_prompts(held_out)[kind])
+            if flattery.situation(question) == wanted:
+                break
+        one = row(question, prompt, rng)
+        rows.setdefault(tuple(one.values()), one)
+        if len(rows) == n:
+            return list(rows.values())
+    raise DataError(f"n={n}: the toy world has no more than about {len(rows)} such rows that differ; ask for fewer")
+
+
 def prompts(n: int, seed: int = 0) -> list[dict]:
     """{"prompt"}: n different prompts, none of them held out."""
     return _different_prompts(n, chance.generator("prompts", seed), held_out=False)
@@ -90,6 +128,8 @@ _BUILDERS: dict[str, tuple[DatasetKind, Callable[[int, int], list[dict]]]] = {
     "toy-rankings": ("rankings", rankings),
     "toy-thumbs": ("thumbs", thumbs),
     "toy-prompts": ("prompts", prompts),
+    "toy-candour-demonstrations": ("demonstrations", candour_demonstrations),
+    "toy-candour-pairs": ("pairs", candour_pairs),
 }
 
 

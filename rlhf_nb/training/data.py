@@ -8,9 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_nb.compute.rundir import RunDir
+from rlhf_nb.data.conversions import convert
 from rlhf_nb.data.rows import COLUMNS, Prompt, Row, decode_rows, fault
 from rlhf_nb.errors import DataError
-from rlhf_nb.protocol.spec import BlobData, NamedData
+from rlhf_nb.protocol.spec import BlobData, NamedData, RunData
 
 if TYPE_CHECKING:
     from rlhf_nb.training.context import Context
@@ -24,11 +26,14 @@ def embedded_rows(name: str) -> tuple[str, list[Row]]:
     return dataset(name)
 
 
-def load_rows(reference: NamedData | BlobData, blobs: Path, kind: str) -> list[Row]:
+def load_rows(
+    reference: NamedData | BlobData | RunData, blobs: Path, kind: str, *, runs_root: Path | None = None
+) -> list[Row]:
     """The rows a reference stands for.
 
     Args:
         kind: What the method trains on; rows with a prompt of any kind serve where `prompts` are wanted.
+        runs_root: Folder of run directories, where the rows that a run made are found; by default that of `blobs`.
 
     Raises:
         DataError: The blob is missing or damaged, the kind is another, or a row, named by its number, cannot be used.
@@ -51,6 +56,14 @@ def load_rows(reference: NamedData | BlobData, blobs: Path, kind: str) -> list[R
                     f'data "{name}": {path.name} is damaged (its hash differs); delete it and start the run again'
                 )
             rows = decode_rows(data)
+        case RunData(run_id=name, row_kind=found):
+            path = RunDir((runs_root or blobs.parent) / name).rows_path
+            try:
+                rows = decode_rows(path.read_bytes())
+            except FileNotFoundError:
+                raise DataError(f"run {name} has no rows at {path}; run it to its end first") from None
+            if kind == "prompts":
+                rows, _ = convert(rows, found, kind)
     if kind not in (found, "prompts"):
         raise DataError(f'data "{name}" holds {found}, and this method trains on {kind}')
     if not rows:

@@ -232,7 +232,7 @@ def _context(
     if spec.data is None:
         raise SpecError(f"{spec.method}: no data; give data=, or prompts= for a method that samples")
     emit.stage("reading rows")
-    sources = [load_rows(part.data, blobs, method.rows) for part in data_parts(spec.data)]
+    sources = [load_rows(part.data, blobs, method.rows, runs_root=runs_root) for part in data_parts(spec.data)]
     mixture = [(len(rows), part.weight) for rows, part in zip(sources, data_parts(spec.data), strict=True)]
     return Context(
         spec=spec,
@@ -243,8 +243,10 @@ def _context(
         rows=[row for rows in sources for row in rows],
         mixture=tuple(mixture),
         model_path=models.resolver(runs_root, emit),
-        held_out=load_rows(spec.held_out, blobs, "prompts") if spec.held_out is not None else None,
-        pretraining=load_rows(spec.pretraining, blobs, "demonstrations") if spec.pretraining is not None else None,
+        held_out=load_rows(spec.held_out, blobs, "prompts", runs_root=runs_root) if spec.held_out is not None else None,
+        pretraining=load_rows(spec.pretraining, blobs, "demonstrations", runs_root=runs_root)
+        if spec.pretraining is not None
+        else None,
         rank=rank,
         world_size=world_size,
         use_cpu=use_cpu,
@@ -258,7 +260,7 @@ def _train(context: Context, place: RunDir) -> None:
 
     # As a plain script does it: once, before models are made. The trainers seed again by themselves.
     set_seed(context.method.seed)
-    context.emit.stage("loading models" if context.method.trains else "measuring")
+    context.emit.stage("loading models" if context.method.trains or context.method.makes else "measuring")
     trainer = context.method.build_trainer(context)
     if context.method.trains:
         context.emit.stage("training")

@@ -20,7 +20,7 @@ from rlhf_nb.maths.rewards import combine
 from rlhf_nb.protocol.control import SetReward
 from rlhf_nb.protocol.events import RewardReplaced
 from rlhf_nb.protocol.spec import FunctionReward, ModelReward, NamedReward, describe, reward_parts
-from rlhf_nb.rewards.functions import RewardFunction
+from rlhf_nb.rewards.functions import RewardFunction, on_rows
 from rlhf_nb.rewards.resolve import load, scorer
 from rlhf_nb.training import distributed
 
@@ -93,7 +93,7 @@ class Judge:
         return [list(row) for row in zip(*columns, strict=True)]
 
     def golds(self, rows: Sequence[dict[str, Any]], texts: list[str]) -> list[float] | None:
-        return _called(self.gold, rows, texts) if self.gold is not None else None
+        return on_rows(self.gold, rows, texts) if self.gold is not None else None
 
     def combined(self, scores_BM: Tensor) -> Tensor:
         """(…,) the one score of each completion, at the weights of now; `scores_BM` is (…, M)."""
@@ -106,7 +106,7 @@ class Judge:
 
     def _call(self, part: Part, rows: Sequence[dict[str, Any]], texts: list[str]) -> list[float]:
         with limited(self.method.reward_timeout, f"reward {describe(part.reference)}"):
-            return _called(part.function, rows, texts)
+            return on_rows(part.function, rows, texts)
 
     # --- another reward in flight -----------------------------------------------------------------------------------
 
@@ -173,13 +173,6 @@ class Judge:
     def load_state(self, state: list[dict[str, Any]]) -> None:
         for one in state:
             self.again(RewardReplaced(id="", old="", effective_step=0, **one))
-
-
-def _called(function: RewardFunction, rows: Sequence[dict[str, Any]], texts: list[str]) -> list[float]:
-    """The columns that all rows have go along."""
-    shared = set.intersection(*(set(row) for row in rows)) - {"prompt"}
-    columns = {name: [row[name] for row in rows] for name in sorted(shared)}
-    return function([row["prompt"] for row in rows], texts, **columns)
 
 
 @contextmanager

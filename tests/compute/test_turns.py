@@ -99,7 +99,10 @@ def test_a_stopped_parent_with_a_model_counts_as_finished_and_one_without_does_n
     events = client.events(stopped.run_id)
     assert any(event.kind == "control_acknowledged" and event.id == asked.id for event in events)
     assert not any(event.kind == "started" for event in events)
-    assert ended(client, orphan.run_id).reason == f"its parent {stopped.run_id} was stopped before it had saved a model"
+    assert (
+        ended(client, orphan.run_id).reason
+        == f"its parent {stopped.run_id} was stopped before it had saved a model or rows"
+    )
     first_metric(client, parent.run_id)
     client.control(parent.run_id, Stop())
     assert end_of(client, parent.run_id) == "stopped"

@@ -144,3 +144,12 @@ def test_a_loss_that_is_not_finite_is_shown_as_such(job):
     losses = [e for e in place.events() if e.kind == "metric"]
     assert losses[-1].values["loss"] is None
     assert losses[-1].not_finite["loss"] in ("nan", "inf")
+
+
+def test_packed_rows_see_nothing_of_each_other_and_give_the_loss_they_give_alone(job, trace, tiny_model_maker):
+    job.model = tiny_model_maker("still", dropout=0.0)
+    rows = [{"prompt": f"Say {i}.", "completion": "yes " * (i + 1)} for i in range(4)]
+    one_step = {"max_steps": 1, "learning_rate": 0.0, "max_length": 200, "sample_every": 0}
+    apart = job("sft", rows, name="apart", config={**one_step, "batch_size": 4})
+    packed = job("sft", rows, name="packed", config={**one_step, "batch_size": 1, "packing": True})
+    assert trace(packed, "loss") == pytest.approx(trace(apart, "loss"), rel=1e-5)

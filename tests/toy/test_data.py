@@ -29,6 +29,8 @@ print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())
     ("toy-rankings", "rankings", {"prompt": str, "completions": list, "ranks": list}),
     ("toy-thumbs", "thumbs", {"prompt": str, "completion": str, "label": bool}),
     ("toy-prompts", "prompts", {"prompt": str}),
+    ("toy-candour-demonstrations", "demonstrations", {"prompt": str, "completion": str}),
+    ("toy-candour-pairs", "pairs", {"prompt": str, "chosen": str, "rejected": str}),
 ])  # fmt: skip
 def test_a_name_gives_its_kind_its_columns_and_its_default_size(name, kind, columns):
     found, rows = toy.dataset(name)

@@ -75,13 +75,14 @@ class InProcess:
         *,
         ends: Collection[int],
         dtype: str,
-        max_length: int,
+        max_length: int | None,
         memory: float,
         adapter_rank: int | None,
     ) -> None:
         """
         Args:
             model: Directory of the policy's start; of its base under LoRA.
+            max_length: Tokens of prompt and completion together; None: what the model was built for.
             memory: Share of the accelerator's memory for its weights and cache.
             adapter_rank: Of the adapter that will be loaded; None for whole models.
         """
