@@ -88,7 +88,7 @@ test-widgets: $(NODE_READY)
 
 # What drives kernels, browsers and whole notebooks has the machine to itself; the rest shares it, file by file, the
 # longest first.
-ALONE := $(addprefix tests/,benchmarks compute e2e magics notebooks packaging)
+ALONE := $(addprefix tests/,compute e2e magics notebooks packaging/test_binder.py)
 LONG := $(addprefix tests/,methods training fidelity)
 TOGETHER := $(LONG) $(filter-out $(LONG) $(ALONE) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 PYTEST_READY := $(DEV_READY) .venv-ipykernel6/.ready .venv-vllm/.ready
@@ -101,7 +101,7 @@ test-python: test-together test-alone
 endif
 
 test-together: $(PYTEST_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 $(TOGETHER)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 $(TOGETHER) $(addprefix --ignore=,$(ALONE))
 
 test-alone: $(PYTEST_READY)
 	$(BIN)/python -m pytest --durations=15 $(ALONE)

@@ -49,6 +49,8 @@ NAMED_DATA = {
     "toy-prompts": "prompts",
     "toy-candour-demonstrations": "demonstrations",
     "toy-candour-pairs": "pairs",
+    "toy-sums-demonstrations": "demonstrations",
+    "toy-sums": "prompts",
 }
 _MODEL_KINDS = (NamedModel, RunModel, PathModel, HubModel)
 

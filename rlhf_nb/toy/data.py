@@ -12,14 +12,14 @@ from functools import cache
 from typing import Literal
 
 from rlhf_nb.errors import DataError, NotFoundError, did_you_mean
-from rlhf_nb.toy import chance, flattery, grammar, questions, writers
+from rlhf_nb.toy import chance, flattery, grammar, questions, sums, writers
 from rlhf_nb.toy.annotators import Annotator
 from rlhf_nb.toy.questions import Question
 
 DatasetKind = Literal["demonstrations", "pairs", "rankings", "thumbs", "prompts"]
 DEFAULT_SIZES: dict[str, int] = {
     "toy-demonstrations": 2000, "toy-pairs": 2000, "toy-rankings": 500, "toy-thumbs": 2000, "toy-prompts": 1000,
-    "toy-candour-demonstrations": 1000, "toy-candour-pairs": 1000,
+    "toy-candour-demonstrations": 1000, "toy-candour-pairs": 1000, "toy-sums-demonstrations": 2000, "toy-sums": 36,
 }  # fmt: skip
 COMPLETIONS_RANKED = 4
 HELD_OUT_SHARE = 0.1
@@ -130,6 +130,8 @@ _BUILDERS: dict[str, tuple[DatasetKind, Callable[[int, int], list[dict]]]] = {
     "toy-prompts": ("prompts", prompts),
     "toy-candour-demonstrations": ("demonstrations", candour_demonstrations),
     "toy-candour-pairs": ("pairs", candour_pairs),
+    "toy-sums-demonstrations": ("demonstrations", sums.demonstrations),
+    "toy-sums": ("prompts", sums.sums),
 }
 
 

@@ -74,3 +74,9 @@ def test_the_quickstart_runs_in_it(environment: Path, repository: Path, tmp_path
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
     assert "image/svg+xml" in json.dumps(code[-2].outputs), "the still picture stays in the notebook"
+    said = [str(o.get("text") or o.get("data", {}).get("text/plain", "")) for cell in code for o in cell.outputs]
+    table = next(text for text in said if "true, end" in text)
+    assert "ppo-1" in table and "ppo-2" in table
+    assert any("learning_rate" in text and "at step" in text for text in said)
+    runs = repository / "notebooks" / "rlhf-workspace" / "runs"
+    assert (runs / "ppo-2" / "model" / "model.safetensors").exists()

@@ -17,7 +17,7 @@ from rlhf_nb.toy import chance, grammar, questions, world
 PRINT_HASH = """
 import hashlib, json
 from rlhf_nb import toy
-rows = [toy.dataset(name, 40, seed) for name in toy.DEFAULT_SIZES for seed in (0, 1)] + [toy.held_out_prompts(40)]
+rows = [toy.dataset(name, 30, seed) for name in toy.DEFAULT_SIZES for seed in (0, 1)] + [toy.held_out_prompts(40)]
 rows += [toy.quality_scores("Where is the bakery?", "I do not know that.")]
 print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())
 """
