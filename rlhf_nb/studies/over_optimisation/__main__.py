@@ -8,47 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
-import subprocess
-import time
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import rlhf_nb
 from rlhf_nb import toy
 from rlhf_nb.errors import RunFailedError
 from rlhf_nb.methods.ppo import PPO
 from rlhf_nb.methods.reward_model import RewardModel
 from rlhf_nb.studies import over_optimisation as study
+from rlhf_nb.studies.making import DIGITS, Parts, made_with
 from rlhf_nb.workspace import Workspace
 
-DIGITS = 5
 STREAM_START, STREAM_BEST_OF = 2**40, 2**40 + 1
 """Chance that no rollout meets."""
 BATCH = 256
-
-
-class Parts:
-    """One JSON file a finished part."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, name: str, make: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-        file = self.directory / f"{name}.json"
-        if not file.exists():
-            began = time.monotonic()
-            made = {**make(*arguments), "seconds": round(time.monotonic() - began, 1)}
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(made), encoding="utf-8")
-            partial.replace(file)
-            print(f"{name}: {made['seconds']:.0f} s", flush=True)
-        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def proxy(workspace: Workspace, seed: int) -> dict[str, Any]:
@@ -168,37 +142,6 @@ def best_of(reward_model: Path, seed: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def made_with() -> dict[str, Any]:
-    from rlhf_nb.training.models import content_hash, toy_sft_path
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(rlhf_nb.__file__).parent, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    found = {name: version(name) for name in ("torch", "transformers", "trl", "numpy", "scipy")}
-    return {
-        "command": "python -m rlhf_nb.studies.over_optimisation DIRECTORY",
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted": git("status", "--porcelain", "--", "."),
-        "python": platform.python_version(),
-        **found,
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "toy-sft": content_hash(toy_sft_path()),
-        "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rlhf_nb.studies.over_optimisation", description=__doc__)
     parser.add_argument("directory", type=Path)
@@ -209,7 +152,7 @@ def main() -> None:
         workspace.attach("local")
         for seed in study.SEEDS:
             reward = part(f"{seed}-proxy", proxy, workspace, seed)
-            made = part("made-with", made_with)
+            made = part("made-with", made_with, "over_optimisation")
             model = directory / "workspace" / "runs" / reward["run"] / "model"
             origin = part(f"{seed}-start", start, model, seed)
             best = part(f"{seed}-best-of", best_of, model, seed)
