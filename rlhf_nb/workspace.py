@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlhf_nb.methods.base import Method
     from rlhf_nb.run import Run
     from rlhf_nb.stages.evaluate import Evaluation
+    from rlhf_nb.stages.lineage import Node
     from rlhf_nb.stages.tables import Table
     from rlhf_nb.store import Store
 
@@ -181,10 +182,17 @@ class Workspace:
 
         return dataset(self, name)
 
-    def keep_rows(self, rows: Iterable[Mapping[str, Any]], kind: str, name: str) -> BlobData:
-        """Rows by content hash, ready to travel."""
+    def keep_rows(
+        self, rows: Iterable[Mapping[str, Any]], kind: str, name: str, *, origin: Dataset | None = None
+    ) -> BlobData:
+        """Rows by content hash, ready to travel. The data set that they are of, or were made from, is remembered."""
         rows = list(rows)
-        return BlobData(content_hash=self.store.put_rows(rows), row_kind=kind, n=len(rows), name=name)
+        kept = BlobData(content_hash=self.store.put_rows(rows), row_kind=kind, n=len(rows), name=name)
+        if origin is not None:
+            from rlhf_nb.stages.lineage import note_origin
+
+            note_origin(self, name, kept.content_hash, origin)
+        return kept
 
     def label(
         self, name: str, *, mode: str = "pair", annotator: str | None = None, n: int | None = None
@@ -438,6 +446,15 @@ class Workspace:
         from rlhf_nb.stages.tables import runs
 
         return runs(self)
+
+    def lineage(self, of: Any) -> Node:
+        """What a run, a model or a data set was made from, back to rows and labels. Prints as a tree.
+
+        `.find(name)` gives a node of it, with its `.rows` or `.labels`.
+        """
+        from rlhf_nb.stages.lineage import lineage
+
+        return lineage(self, of)
 
     def models(self) -> Table:
         from rlhf_nb.stages.tables import models

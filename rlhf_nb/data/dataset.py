@@ -32,10 +32,13 @@ class Dataset:
         n: int | None = None,
         version: int | None = None,
         dropped: dict[str, int] | None = None,
+        made_from: Dataset | None = None,
     ) -> None:
         self.name = name
         self.kind = kind
         self.version = version
+        self.made_from = made_from
+        """The data set that these rows were taken from; `summary` says how."""
         self.dropped = dict(dropped or {})
         self._load = rows if callable(rows) else None
         self._rows = None if callable(rows) else list(rows)
@@ -119,7 +122,7 @@ class Dataset:
             n_prompts = n_test if wanted else len(distinct) - n_test
             what = f"{len(rows):,} {self.kind} with {n_prompts:,} prompts"
             line = f"{what}: {suffix} part of {self.name}, test={test:g}, seed={seed}"
-            sides.append(Dataset(f"{self.name}-{suffix}", self.kind, rows, summary=line))
+            sides.append(Dataset(f"{self.name}-{suffix}", self.kind, rows, summary=line, made_from=self))
         return sides[0], sides[1]
 
     def to_file(self, path: str | Path) -> Path:
@@ -137,7 +140,12 @@ class Dataset:
         if not rows:
             raise DataError(f"{self.name!r}: no {kind} can be made of its {len(self):,} {self.kind}")
         return Dataset(
-            f"{self.name}-{kind}", kind, rows, summary=summarize(len(rows), kind, self.name, dropped), dropped=dropped
+            f"{self.name}-{kind}",
+            kind,
+            rows,
+            summary=summarize(len(rows), kind, self.name, dropped),
+            dropped=dropped,
+            made_from=self,
         )
 
     def select(
@@ -155,7 +163,8 @@ class Dataset:
         if not rows:
             raise DataError(f"{self.name!r}: keep={keep} leaves no {kind} of its {len(self):,} prompts")
         line = summarize(len(rows), kind, f"{self.name}, {keep}", dropped)
-        return Dataset(f"{self.name}-{keep.replace('_', '-')}", kind, rows, summary=line, dropped=dropped)
+        name = f"{self.name}-{keep.replace('_', '-')}"
+        return Dataset(name, kind, rows, summary=line, dropped=dropped, made_from=self)
 
     def __len__(self) -> int:
         return self._n if self._n is not None and self._rows is None else len(self.rows)

@@ -258,6 +258,7 @@ _CALLS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
     "label": _label,
     "evaluate": _evaluate,
     "generate": _generate,
+    "lineage": lambda ws, args: ws.lineage(args.of),
     "models": lambda ws, args: ws.models(),
     "data": lambda ws, args: ws.datasets(),
     "runs": lambda ws, args: ws.runs(),

@@ -139,6 +139,11 @@ _VERBS: dict[str, Callable[[], Words]] = {
         _arg("--title", default=""),
         _arg("--set", nargs="+", action="extend", metavar="key=value", help="temperature, max_new_tokens, seed …"),
     ),
+    "lineage": _make(
+        "lineage",
+        "What a model or data set was made from, back to rows and labels.",
+        _arg("of", metavar="RUN_MODEL_OR_DATA"),
+    ),
     "models": _make("models", "Models that resolve by name."),
     "data": _make("data", "Data that resolves by name."),
     "runs": _make("runs", "Every run and its state."),

@@ -33,6 +33,7 @@ from rlhf_nb.protocol.spec import (
     RewardRef,
     RunData,
     RunModel,
+    describe,
 )
 from rlhf_nb.rewards.functions import named
 
@@ -131,14 +132,15 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> D
         if reference is not None:
             return reference
         assert dataset is not None
-        return workspace.keep_rows(dataset.rows, kind, dataset.name)
+        return workspace.keep_rows(dataset.rows, kind, dataset.name, origin=dataset)
     if rows == "prompts":
-        source = dataset.rows if dataset is not None else workspace.dataset(value).rows
-        return workspace.keep_rows(convert(source, kind, rows)[0], rows, getattr(dataset, "name", str(value)))
+        source = dataset if dataset is not None else workspace.dataset(describe(reference))
+        kept = convert(source.rows, kind, rows)[0]
+        return workspace.keep_rows(kept, rows, source.name, origin=source)
     name = getattr(dataset, "name", None) or getattr(reference, "name", "")
     if (kind, rows) in SERVES:
-        source = (dataset if dataset is not None else workspace.dataset(str(name))).rows
-        return workspace.keep_rows(convert(source, kind, rows)[0], rows, f"{name} as {rows}")
+        source = dataset if dataset is not None else workspace.dataset(str(name))
+        return workspace.keep_rows(convert(source.rows, kind, rows)[0], rows, f"{name} as {rows}", origin=source)
     raise DataError(f'{verb}: data "{name}" holds {kind}, and {verb} trains on {rows}; %rlhf data lists what there is')
 
 

@@ -126,6 +126,13 @@ class Datasets(Database):
             raise NotFoundError(f"no {wanted} in this workspace{hint or '; see %rlhf data'}")
         return _record(row)
 
+    def dataset_by_hash(self, content_hash: str, name: str) -> DatasetRecord | None:
+        """The data set that has these rows, by the first characters of their hash: of that name, else the oldest."""
+        query = sa.select(datasets).where(datasets.c.content_hash.startswith(content_hash, autoescape=True))
+        with self._read() as connection:
+            rows = connection.execute(query.order_by(datasets.c.name != name, datasets.c.id).limit(1)).all()
+        return _record(rows[0]) if rows else None
+
     def datasets(self) -> list[DatasetRecord]:
         """The newest version of every data set, by name."""
         newest = sa.select(sa.func.max(datasets.c.id)).group_by(datasets.c.name)

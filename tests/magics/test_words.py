@@ -52,6 +52,7 @@ def test_a_misspelt_verb_suggests_the_nearest(shell):
         ("%rlhf watch", NotFoundError, "no run yet"),
         ('%rlhf sample sft-1 "unclosed', SpecError, "close the quote"),
         ("%rlhf import nowhere.jsonl --as x", RlhfError, "nowhere.jsonl"),
+        ("%rlhf lineage ppo-9", NotFoundError, 'lineage: model "ppo-9" does not exist'),
         ("%rlhf label nothing", NotFoundError, 'data "nothing" does not exist'),
         ("%%rlhf sft\nmax_steps = = 3", SpecError, "not TOML"),
         ("%%rlhf sft\nbase = 'toy'\ndata = 'toy-demonstrations'\nmax_step = 3", SpecError, 'did you mean "max_steps"'),
