@@ -54,7 +54,7 @@ def assignments(pairs: list[str] | None, verb: str) -> dict[str, Any]:
 def _train(name: str) -> Callable[[], Words]:
     def make() -> Words:
         method = registry.methods.get(name)
-        words = Words(name, f"{method.title}. Trains on {method.rows}.")
+        words = Words(name, f"{method.title}. Trains on {' or '.join((method.rows, *method.also))}.")
         words.add_argument("--policy", "--base", dest="policy", metavar="MODEL")
         words.add_argument("--data", "--prompts", dest="data", metavar="DATA")
         if method.needs_reward:

@@ -93,7 +93,7 @@ SERVES = {("pairs", "thumbs"), ("rankings", "pairs")}
 """Kinds of rows that hold all that another kind asks for. Demonstrations out of pairs are asked for, not assumed."""
 
 
-def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> DataRef:
+def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str, also: tuple[str, ...] = ()) -> DataRef:
     """A Dataset, a name or loose rows as a data reference of the kind the method trains on.
 
     A method that needs prompts takes the distinct prompts of any kind of rows; pairs serve as thumbs and rankings as
@@ -116,7 +116,7 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> D
         if not hasattr(dataset, "content_hash"):
             raise SpecError(f"{verb}: data={value!r} is no data set; give a name or what ws.import_data returned")
         kind, reference = dataset.kind, None
-    if kind == rows:
+    if kind in (rows, *also):
         if reference is not None:
             return reference
         assert dataset is not None

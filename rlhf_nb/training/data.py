@@ -24,6 +24,11 @@ def embedded_rows(name: str) -> tuple[str, list[Row]]:
     return dataset(name)
 
 
+def kind_of(reference: NamedData | BlobData) -> str:
+    """The kind of rows that a reference stands for."""
+    return reference.row_kind if isinstance(reference, BlobData) else embedded_rows(reference.name)[0]
+
+
 def load_rows(reference: NamedData | BlobData, blobs: Path, kind: str) -> list[Row]:
     """The rows a reference stands for.
 
@@ -134,7 +139,7 @@ def say_what_fits(
     import pyarrow.compute as pc
 
     rows, kept = len(context.rows), len(dataset)
-    what = context.method.rows
+    what = context.row_kind
     if not kept:
         raise DataError(
             f"{context.method.name}: none of the {rows} {what} fits in max_length={max_length} tokens; "

@@ -8,6 +8,8 @@ import pytest
 
 import rlhf_nb as rl
 from rlhf_nb.errors import DataError, NotFoundError, SpecError
+from rlhf_nb.methods.reward_model import RewardModel
+from rlhf_nb.protocol.spec import NamedData
 from rlhf_nb.stages.resolve import resolve_data, resolve_reward
 
 
@@ -26,6 +28,12 @@ def test_pairs_serve_as_thumbs_and_rankings_as_pairs(ws):
         {"prompt": "p", "completion": "b", "label": False},
     ]
     assert resolve_data(ws, "toy-rankings", verb="dpo", rows="pairs").row_kind == "pairs"
+
+
+def test_a_method_that_takes_both_gets_rankings_as_they_are(ws):
+    kinds = {"rows": RewardModel.rows, "also": RewardModel.also}
+    assert resolve_data(ws, "toy-rankings", verb="reward", **kinds) == NamedData(name="toy-rankings")
+    assert resolve_data(ws, "toy-pairs", verb="reward", **kinds) == NamedData(name="toy-pairs")
 
 
 def test_demonstrations_out_of_pairs_are_asked_for_and_not_assumed(ws):
