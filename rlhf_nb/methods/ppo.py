@@ -321,7 +321,7 @@ class PPO(Method):
         if self.combine_rewards != "sum" and len(reward_parts(spec.reward)) < 2:
             raise SpecError(
                 f"ppo: combine_rewards={self.combine_rewards} needs several rewards and there is one; "
-                f"give reward=[first, second]"
+                f"give reward=[first, second], or of an ensemble reward='RUN(over=\"{self.combine_rewards}\")'"
             )
         if self.preference_references and self.reference != "frozen":
             raise SpecError(

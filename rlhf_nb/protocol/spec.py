@@ -101,11 +101,17 @@ class NamedReward(Frozen):
     config: dict[str, Any] = {}
 
 
+Over = Literal["mean", "min", "mean_minus_std"]
+
+
 class ModelReward(Frozen):
-    """A reward model: a sequence classifier with one output."""
+    """A reward model: a sequence classifier with one output, or an ensemble of them."""
 
     kind: Literal["model"] = "model"
     model: ModelRef
+    over: Over = "mean"
+    """How the members of an ensemble become one score: their mean, the worst, or the mean − std_coef × their spread."""
+    std_coef: float = Field(1.0, ge=0, allow_inf_nan=False)
 
 
 class FunctionReward(Frozen):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from rlhf_nb import registry
 from rlhf_nb.data.conversions import convert
 from rlhf_nb.errors import DataError, NotFoundError, RlhfError, SpecError, did_you_mean
@@ -224,8 +226,8 @@ def _call_end(text: str, start: int) -> int:
     raise SpecError(f"reward {text!r}: options are written as in Python: NAME(option=value), texts in quotes")
 
 
-def _with_options(text: str) -> NamedReward | None:
-    """`regex(pattern="^yes")` as the reward with its options; None for a plain name."""
+def _with_options(text: str) -> tuple[str, dict[str, Any]] | None:
+    """`regex(pattern="^yes")` as a name with its options; None for a plain name."""
     found = re.fullmatch(r"([\w-]+)(\(.*\))", text, re.DOTALL)
     if found is None:
         return None
@@ -239,7 +241,32 @@ def _with_options(text: str) -> NamedReward | None:
         raise SpecError(
             f"reward {text}: options are written as in Python: NAME(option=value), texts in quotes"
         ) from None
-    return named(found[1], config)
+    return found[1], config
+
+
+def _model_with_options(
+    workspace: Workspace, name: str, options: dict[str, Any], *, verb: str, role: str
+) -> ModelReward:
+    """`reward-1(over="min")`: an ensemble, and how its members become one score."""
+    plain = _one_reward(workspace, name, verb=verb, role=role)
+    assert isinstance(plain, ModelReward) and isinstance(plain.model, RunModel)
+    known = [option for option in ModelReward.model_fields if option not in ("kind", "model")]
+    for option in options:
+        if option not in known:
+            have = f"its options: {', '.join(known)}"
+            raise SpecError(f"{role} {name}: no option {option}{did_you_mean(option, known)}  {have}")
+    try:
+        made = ModelReward(model=plain.model, **options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = first["msg"].lower().replace("input should", "should")
+        raise SpecError(f"{role} {name}: {first['loc'][0]}={first['input']!r}: {said}") from None
+    if workspace.spec(plain.model.run_id).config.get("members", 1) < 2:
+        raise SpecError(
+            f"{role} {name}: its options are for the members of an ensemble, and it is one model; leave them out, or "
+            f"train with --set members=5"
+        )
+    return made
 
 
 def _one_reward(
@@ -253,7 +280,10 @@ def _one_reward(
         if value in registry.rewards:
             return named(value, {})
         if (with_options := _with_options(value)) is not None:
-            return with_options
+            name, options = with_options
+            if name in workspace.run_ids():
+                return _model_with_options(workspace, name, options, verb=verb, role=role)
+            return named(name, options)
         if value in workspace.reward_functions:
             return workspace.reward_functions[value]
     elif callable(value) and not is_run(value) and not isinstance(value, _MODEL_KINDS):

@@ -9,7 +9,7 @@ import pytest
 import rlhf_nb as rl
 from rlhf_nb.errors import DataError, NotFoundError, SpecError
 from rlhf_nb.methods.reward_model import RewardModel
-from rlhf_nb.protocol.spec import NamedData
+from rlhf_nb.protocol.spec import ModelReward, NamedData, RunModel, RunSpec
 from rlhf_nb.stages.resolve import resolve_data, resolve_reward
 
 
@@ -94,3 +94,23 @@ def test_a_reward_is_written_with_its_options(ws):
         with pytest.raises((SpecError, NotFoundError), match=re.escape(says)) as caught:
             read(bad)
         assert "\n" not in str(caught.value)
+
+
+def test_an_ensembles_members_become_one_reward_as_its_options_say(ws):
+    for run_id, members in (("reward-1", 3), ("reward-2", 1)):
+        config = RewardModel(members=members).model_dump(mode="json")
+        ws._remember(RunSpec(run_id=run_id, workspace_id="w", method="reward", config=config, created=0.0))
+    model = RunModel(run_id="reward-1")
+    assert resolve_reward(ws, "reward-1", verb="ppo") == ModelReward(model=model)
+    worst = resolve_reward(ws, 'reward-1(over="min"), toy-true=0.5', verb="ppo").parts[0].reward
+    assert worst == ModelReward(model=model, over="min")
+    careful = 'reward-1(over="mean_minus_std", std_coef=2)'
+    assert resolve_reward(ws, careful, verb="ppo") == ModelReward(model=model, over="mean_minus_std", std_coef=2)
+    for bad, says in (
+        ('reward-1(over="worst")', "reward reward-1: over='worst': should be 'mean', 'min' or 'mean_minus_std'"),
+        ('reward-1(overr="min")', 'no option overr; did you mean "over"?'),
+        ('reward-1(over="mean_minus_std", std_coef=-1)', "std_coef=-1: should be greater than or equal to 0"),
+        ('reward-2(over="min")', "it is one model; leave them out, or train with --set members=5"),
+    ):
+        with pytest.raises(SpecError, match=re.escape(says)):
+            resolve_reward(ws, bad, verb="ppo")
