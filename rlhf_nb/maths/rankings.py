@@ -109,24 +109,36 @@ def plackett_luce_loss(scores_K: Tensor, ranks_K: Sequence[float]) -> Tensor:
     return (weights_S * torch.logsumexp(left_SK, 1)).sum() - scores_K.sum()
 
 
-def length_correlation(scores_N: Tensor, lengths_N: Tensor, prompt_N: Tensor, n_prompts: int) -> Tensor:
-    """Pearson correlation of scores with lengths, both as deviations from the mean of their prompt.
+def length_slope(scores_N: Tensor, lengths_N: Tensor, prompt_N: Tensor, n_prompts: int) -> Tensor:
+    """Slope of a straight line through scores against lengths, both as deviations from the mean of their prompt.
 
-    What is the same for all completions of a prompt decides no preference, so it does not count. The |ρ| that ODIN
-    holds down, Chen et al. 2024, arXiv:2402.07319, eq. 4, where it is taken over a batch without regard to prompts.
+    What is the same for all completions of a prompt decides no preference, so it does not count. Chen et al. 2024,
+    arXiv:2402.07319, hold down the correlation instead; its gradient grows without bound as scores draw together, as
+    a new head's are, and a small model then learns nothing else.
 
     Args:
         scores_N, lengths_N: (N,) float.
         prompt_N: (N,) which prompt each belongs to.
 
     Returns:
-        Scalar in [−1, 1]; 0, with a zero gradient, where scores or lengths do not differ within any prompt.
+        Scalar, score per unit of length; 0, with a zero gradient, where lengths do not differ within any prompt.
+    """
+    score_N, length_N = (within(each, prompt_N, n_prompts) for each in (scores_N, lengths_N))
+    square = length_N.square().sum()
+    return (score_N * length_N).sum() / square.clamp(min=torch.finfo(square.dtype).tiny)
+
+
+def length_correlation(scores_N: Tensor, lengths_N: Tensor, prompt_N: Tensor, n_prompts: int) -> Tensor:
+    """Pearson correlation of scores with lengths, both as deviations from the mean of their prompt.
+
+    Args: as `length_slope`.
+
+    Returns:
+        Scalar in [−1, 1]; 0 where scores or lengths do not differ within any prompt.
     """
     score_N, length_N = (within(each, prompt_N, n_prompts) for each in (scores_N, lengths_N))
     square = score_N.square().sum() * length_N.square().sum()
-    # The root's slope at 0 is infinite: what is tiny is taken out before the root, not after.
-    flat = square <= torch.finfo(square.dtype).tiny
-    return torch.where(flat, 0.0, (score_N * length_N).sum() * torch.rsqrt(torch.where(flat, 1.0, square)))
+    return (score_N * length_N).sum() * torch.rsqrt(square.clamp(min=torch.finfo(square.dtype).tiny))
 
 
 def within(values_N: Tensor, prompt_N: Tensor, n_prompts: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Paper    Ouyang et al. 2022, arXiv:2203.02155, eq. 1: all comparisons of a prompt in one batch element, each completion
          scored once. Margins, Llama 2, arXiv:2307.09288, eq. 2; centring, Eisenstein et al. 2023, arXiv:2312.09244;
-         ensembles, Coste et al. 2023, arXiv:2310.02743; length, Chen et al. 2024, arXiv:2402.07319.
+         ensembles, Coste et al. 2023, arXiv:2310.02743; the length term, Dubois et al. 2024, arXiv:2404.04475, with
+         the score kept off length as in Chen et al. 2024, arXiv:2402.07319.
 Rows     prompt, chosen, rejected, and `margin` where there is one; or prompt, completions, ranks. Either may carry
          `weight` and `annotator`.
 Models   the base with a new head that gives one score; all of it is trained. No reference. `members` of them: under
@@ -73,8 +74,8 @@ class RewardModel(GradientMethod):
     annotator_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """What rows by these annotators count, times the row's own `weight`; 1 for everybody else, 0 leaves them out."""
     length_debias: float = Field(0.0, ge=0)
-    """Weight of |correlation of score and length|. Above 0 the fit also has a term for the difference in length, which
-    is no part of the score: what length explains is not learnt as quality. 1 is ODIN's."""
+    """Weight of the squared slope of score on length, the length in standard deviations. Above 0 the fit also has a
+    term for the difference in length, which is no part of the score: what length explains is not learnt as quality."""
     members: int = Field(1, ge=1, le=16)
     """Reward models trained at once, each on its own batches; the run's model is then all of them."""
     members_by: Literal["seed", "fold"] = "seed"

@@ -14,7 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_nb.maths.rankings import bradley_terry_rankings, length_correlation, plackett_luce_loss, prompt_mean
+from rlhf_nb.maths.rankings import (
+    bradley_terry_rankings,
+    length_correlation,
+    length_slope,
+    plackett_luce_loss,
+    prompt_mean,
+)
 
 LossType = Literal["bradley_terry", "plackett_luce"]
 STATE = "length_term.json"
@@ -69,7 +75,8 @@ class RankingLoss:
             square_P = prompt_mean(square_C, inputs["prompt_C"], len(inputs["ranks"]), inputs["count_C"])
             loss = loss + coefficient * self._mean(square_P, inputs).sum()
         if self.length_debias:
-            loss = loss + self.length_debias * self._correlations(scores_N, inputs).abs().sum()
+            slopes_M = self._per_member(length_slope, scores_N, inputs)
+            loss = loss + self.length_debias * slopes_M.square().sum()
         return loss
 
     def _fit(self, scores_N: Tensor, inputs: Mapping[str, Any], term_M: Tensor) -> Tensor:
@@ -93,7 +100,8 @@ class RankingLoss:
         batch: a batch of unimportant rows takes a small step."""
         return prompt_mean(inputs["weight_P"] * values_P, inputs["member_P"], self.members)
 
-    def _correlations(self, scores_N: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    def _per_member(self, statistic: Callable[..., Tensor], scores_N: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """(M,) of scores and lengths, each member's own."""
         parts = zip(
             scores_N.split(inputs["rows_M"]),
             inputs["length_N"].split(inputs["rows_M"]),
@@ -101,9 +109,7 @@ class RankingLoss:
             strict=True,
         )
         n_prompts = len(inputs["ranks"])
-        return torch.stack(
-            [length_correlation(scores, lengths, prompt, n_prompts) for scores, lengths, prompt in parts]
-        )
+        return torch.stack([statistic(scores, lengths, prompt, n_prompts) for scores, lengths, prompt in parts])
 
     # --- what the step was like -------------------------------------------------------------------------------------
 
@@ -121,7 +127,7 @@ class RankingLoss:
             scores_N.min(),
             scores_N.max(),
             inputs["attention_mask"].sum().float(),
-            self._correlations(scores_N, inputs).mean(),
+            self._per_member(length_correlation, scores_N, inputs).mean(),
         ]
         return self.accelerator.gather(torch.stack(sums)[None])  # type: ignore[attr-defined]
 

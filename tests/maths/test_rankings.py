@@ -9,7 +9,7 @@ import torch
 from rlhf_nb.data.rankings import comparisons
 from rlhf_nb.errors import ShapeError
 from rlhf_nb.maths.preference import bradley_terry_loss
-from rlhf_nb.maths.rankings import bradley_terry_rankings, choices, length_correlation, plackett_luce_loss
+from rlhf_nb.maths.rankings import bradley_terry_rankings, choices, length_correlation, length_slope, plackett_luce_loss
 
 
 def bradley_terry(scores_N: torch.Tensor, *rankings: list[float], ties: str = "half") -> torch.Tensor:
@@ -104,22 +104,24 @@ def test_gradients_at_equal_scores_are_those_of_the_formulas():
     torch.testing.assert_close(gradient, torch.tensor([-2 / 3, -1 / 6, 5 / 6], dtype=torch.float64))
 
 
-def test_length_correlation_looks_within_prompts():
+def test_slope_and_correlation_with_length_look_within_prompts():
     prompt = torch.tensor([0, 0, 1, 1])
     scores = torch.tensor([1.0, 3.0, 10.0, 8.0], dtype=torch.float64)
     lengths = torch.tensor([10.0, 30.0, 300.0, 200.0], dtype=torch.float64)
-    # deviations −1, 1, 1, −1 against −10, 10, 50, −50: 120 / √(4 · 5200) = 0.8320503
+    # deviations −1, 1, 1, −1 against −10, 10, 50, −50: 120 / 5200, and 120 / √(4 · 5200)
+    assert length_slope(scores, lengths, prompt, 2).item() == pytest.approx(0.0230769, abs=1e-7)
     assert length_correlation(scores, lengths, prompt, 2).item() == pytest.approx(0.8320503, abs=1e-7)
     assert length_correlation(-scores, lengths, prompt, 2).item() == pytest.approx(-0.8320503, abs=1e-7)
     shifted = scores + torch.tensor([0.0, 0.0, 99.0, 99.0], dtype=torch.float64)
-    assert length_correlation(shifted, lengths, prompt, 2).item() == pytest.approx(0.8320503, abs=1e-7)
+    torch.testing.assert_close(length_slope(shifted, lengths, prompt, 2), length_slope(scores, lengths, prompt, 2))
 
 
-def test_length_correlation_of_what_does_not_differ_is_zero_with_a_zero_gradient():
-    scores = torch.full((4,), 2.0, requires_grad=True)
-    found = length_correlation(scores, torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 1, 1]), 2)
-    (gradient,) = torch.autograd.grad(found, scores)
-    assert found.item() == 0 and gradient.abs().max().item() == 0
+def test_lengths_or_scores_that_do_not_differ_have_no_slope_and_no_correlation():
+    prompt, flat, steep = torch.tensor([0, 0, 1, 1]), torch.full((4,), 2.0), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert length_correlation(flat, steep, prompt, 2).item() == length_correlation(steep, flat, prompt, 2).item() == 0
+    scores = steep.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(length_slope(scores, flat, prompt, 2), scores)
+    assert gradient.abs().max().item() == 0
 
 
 def test_shapes_that_differ_are_refused():
