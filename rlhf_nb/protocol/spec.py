@@ -65,6 +65,8 @@ class BlobData(Frozen):
     row_kind: Literal["demonstrations", "pairs", "rankings", "thumbs", "prompts"]
     n: int
     name: str = ""
+    converted: str = ""
+    """What they were made of and what was left out, where they were of another kind; said at the start of the run."""
 
 
 OneData = Annotated[NamedData | BlobData, Field(discriminator="kind")]

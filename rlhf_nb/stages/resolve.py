@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from rlhf_nb import registry
-from rlhf_nb.data.conversions import convert
+from rlhf_nb.data.conversions import CONVERSIONS, GIVES, SERVES, convert
+from rlhf_nb.data.importers import nothing_left, summarize
+from rlhf_nb.data.rows import COLUMNS, KINDS
 from rlhf_nb.errors import DataError, NotFoundError, RlhfError, SpecError, did_you_mean
 from rlhf_nb.protocol.spec import (
     BlobData,
@@ -91,23 +93,27 @@ def resolve_model(workspace: Workspace, value: Any, *, verb: str, role: str) -> 
     raise NotFoundError(f'{verb}: {role} "{value}" does not exist in this workspace{hint}  %rlhf models lists them.')
 
 
-SERVES = {("pairs", "thumbs"), ("rankings", "pairs")}
-"""Kinds of rows that hold all that another kind asks for. Demonstrations out of pairs are asked for, not assumed."""
-
-
 def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str, also: tuple[str, ...] = ()) -> DataRef:
-    """A Dataset, a name or loose rows as a data reference of the kind the method trains on.
+    """A Dataset or a name as a data reference of the kind the method trains on.
 
     A method that needs prompts takes the distinct prompts of any kind of rows; pairs serve as thumbs and rankings as
-    pairs.
+    pairs. Other conversions lose or assume something, and are asked for: "NAME as KIND". What a conversion left out is
+    counted in the reference.
+
+    Args:
+        rows: The kind that it trains on.
+        also: Further kinds that it takes as they are.
 
     Raises:
-        DataError: Rows of another kind; the message names what is needed.
+        DataError: Rows of another kind; the message names what is needed and how to get it from these.
     """
     if isinstance(value, MixedData):
         return value
     if isinstance(value, Mapping):
         return _mixture(workspace, value, verb=verb, rows=rows)
+    asked = ""
+    if isinstance(value, str) and (found := re.fullmatch(r"(.+\S)\s+as\s+(\w+)", value)) and found[2] in KINDS:
+        value, asked = found[1], found[2]
     if isinstance(value, (NamedData, BlobData)):
         kind, reference = (NAMED_DATA[value.name] if isinstance(value, NamedData) else value.row_kind), value
         dataset = None
@@ -118,19 +124,35 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str, also
         if not hasattr(dataset, "content_hash"):
             raise SpecError(f"{verb}: data={value!r} is no data set; give a name or what ws.import_data returned")
         kind, reference = dataset.kind, None
-    if kind in (rows, *also):
+    if asked and asked != rows and rows != "prompts" and asked not in also:
+        raise DataError(f'{verb}: data "{value} as {asked}": {verb} trains on {_needed(rows, also)}')
+    to = asked or (kind if kind in also else rows)
+    if kind == to:
         if reference is not None:
             return reference
         assert dataset is not None
         return workspace.keep_rows(dataset.rows, kind, dataset.name)
-    if rows == "prompts":
-        source = dataset.rows if dataset is not None else workspace.dataset(value).rows
-        return workspace.keep_rows(convert(source, kind, rows)[0], rows, getattr(dataset, "name", str(value)))
-    name = getattr(dataset, "name", None) or getattr(reference, "name", "")
-    if (kind, rows) in SERVES:
-        source = (dataset if dataset is not None else workspace.dataset(str(name))).rows
-        return workspace.keep_rows(convert(source, kind, rows)[0], rows, f"{name} as {rows}")
-    raise DataError(f'{verb}: data "{name}" holds {kind}, and {verb} trains on {rows}; %rlhf data lists what there is')
+    name = getattr(dataset, "name", None) or getattr(reference, "name", "") or str(value)
+    if (kind, to) not in CONVERSIONS or not (asked or to == "prompts" or (kind, to) in SERVES):
+        raise DataError(f'{verb}: data "{name}" holds {kind}, and {verb} trains on {_way_out(name, kind, rows, also)}')
+    source = (dataset if dataset is not None else workspace.dataset(name)).rows
+    converted, dropped = convert(source, kind, to)
+    if not converted:
+        raise DataError(f"{verb}: {nothing_left(name, to, len(source), kind, dropped)}")
+    kept = workspace.keep_rows(converted, to, name if to == "prompts" else f"{name} as {to}")
+    said = summarize(len(converted), to, f"{len(source):,} {kind} of {name}", dropped)
+    return kept.model_copy(update={"converted": said})
+
+
+def _needed(rows: str, also: tuple[str, ...]) -> str:
+    return " or ".join(f"{kind} ({', '.join(COLUMNS[kind])})" for kind in (rows, *also))
+
+
+def _way_out(name: str, kind: str, rows: str, also: tuple[str, ...]) -> str:
+    """What is needed, and which conversions from what there is lead there."""
+    ways = [f'"{name} as {to}" takes {GIVES[kind, to]}' for to in (rows, *also) if (kind, to) in GIVES]
+    otherwise = f"nothing like it can be made of {kind}; %rlhf data lists what there is"
+    return f"{_needed(rows, also)}; {', '.join(ways) or otherwise}"
 
 
 def _mixture(workspace: Workspace, value: Mapping[Any, Any], *, verb: str, rows: str) -> DataRef:

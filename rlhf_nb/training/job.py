@@ -234,6 +234,9 @@ def _context(
     emit.stage("reading rows")
     row_kind = method.rows_in(kind_of(data_parts(spec.data)[0].data))
     sources = [load_rows(part.data, blobs, row_kind) for part in data_parts(spec.data)]
+    for part in data_parts(spec.data):
+        if converted := getattr(part.data, "converted", ""):
+            emit.notice("rows_converted", converted)
     mixture = [(len(rows), part.weight) for rows, part in zip(sources, data_parts(spec.data), strict=True)]
     return Context(
         spec=spec,

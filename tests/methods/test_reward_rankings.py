@@ -222,3 +222,12 @@ def test_oasst_rankings_are_imported_and_fitted_better_than_chance(still, shared
     config = {**CONFIG, "max_steps": 12, "max_length": 500, "learning_rate": 3e-2, "optimizer": "adamw"}
     place = still("reward", short, config=config, kind="rankings")
     assert sum(list(trace(place, "pairs/accuracy").values())[-4:]) / 4 > 0.6
+
+
+def test_what_a_conversion_left_out_is_said_at_the_start_of_the_run(still):
+    place = still.prepare("reward", pairs(4), config=CONFIG)
+    spec = place.spec()
+    said = "4 pairs from 2 rankings of mine; dropped 2: equal ranks (2)"
+    data = spec.data.model_copy(update={"converted": said})
+    place.spec_path.write_text(spec.model_copy(update={"data": data}).model_dump_json())
+    assert notice(still.run(place), "rows_converted") == said
