@@ -227,6 +227,11 @@ def _evaluate(ws: Workspace, args: argparse.Namespace) -> Any:
     return ws.evaluate(args.model, data=args.data)
 
 
+def _refit(ws: Workspace, args: argparse.Namespace) -> Run:
+    knobs = parser.assignments(args.set, "refit")
+    return _show(ws.refit(args.model, scored=args.scored, labels=args.labels, **knobs))
+
+
 def _pending(word: str) -> Callable[[Workspace, argparse.Namespace], Any]:
     def act(ws: Workspace, args: argparse.Namespace) -> Any:
         run = _run(ws, args.run)
@@ -241,6 +246,7 @@ _CALLS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
     "import": lambda ws, args: ws.import_data(args.source, name=args.name, kind=args.kind, split=args.split),
     "label": _label,
     "evaluate": _evaluate,
+    "refit": _refit,
     "models": lambda ws, args: ws.models(),
     "data": lambda ws, args: ws.datasets(),
     "runs": lambda ws, args: ws.runs(),
