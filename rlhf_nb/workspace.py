@@ -292,6 +292,27 @@ class Workspace:
             self, model, prompts=prompts, n=n, reward=reward, gold=gold, launch=launch, title=title, **settings
         )
 
+    def refit(
+        self, model: Any, *, scored: Any, labels: Any, per_prompt: int = 1, weight: float = 1.0, **knobs: Any
+    ) -> Run:
+        """Fit a reward model again, with the completions added that it scores high and fresh labels reject.
+
+        Args:
+            model: Its run.
+            scored: Completions of a policy with this reward model's scores.
+            labels: Pairs or thumbs of these completions; or a function `f(prompt, completion) -> bool`, or a simulated
+                annotator's name, which then judges all of them.
+            per_prompt: At most so many errors of a prompt, the largest first.
+            weight: What an error counts against a row of the old data.
+            knobs: Of the method, where they differ from the run's.
+
+        Raises:
+            DataError: No error is among the labels.
+        """
+        from rlhf_nb.stages.refit import refit
+
+        return refit(self, model, scored=scored, labels=labels, per_prompt=per_prompt, weight=weight, **knobs)
+
     def run(self, run_id: str) -> Run:
         """A run's handle by id, from any process.
 

@@ -198,7 +198,16 @@ class Job:
     def __init__(self, root: Path, model: Path) -> None:
         self.root, self.model = root, model
 
-    def prepare(self, method: str, rows: list[dict] | str, *, name: str = "run", config: dict | None = None, **spec):
+    def prepare(
+        self,
+        method: str,
+        rows: list[dict] | str,
+        *,
+        name: str = "run",
+        kind: str = "",
+        config: dict | None = None,
+        **spec,
+    ):
         """Write the run directory; the rows travel as a blob, as they do from a notebook."""
         from rlhf_nb import registry
         from rlhf_nb.compute.rundir import RunDir
@@ -211,7 +220,7 @@ class Job:
         else:
             digest = content_hash(rows)
             (self.root / f"{digest}.jsonl").write_bytes(encode_rows(rows))
-            data = BlobData(content_hash=digest, row_kind=cls.rows, n=len(rows), name="mine")
+            data = BlobData(content_hash=digest, row_kind=kind or cls.rows, n=len(rows), name="mine")
         spec.setdefault("policy", PathModel(path=str(self.model)))
         place = RunDir(self.root / name)
         config = cls.create(**(config or {})).model_dump(mode="json")

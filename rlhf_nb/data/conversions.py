@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from rlhf_nb.data.formats import Drop, transcript_messages
+from rlhf_nb.data.rankings import best_places, is_strict, worst_places
 from rlhf_nb.data.rows import COLUMNS, Row, fault, prompt_key
 from rlhf_nb.errors import DataError
 
@@ -35,7 +36,7 @@ def rankings_to_pairs(rows: Iterable[Mapping[str, Any]]) -> Converted:
     pairs: list[Row] = []
     dropped: Counter[str] = Counter()
     for row in rows:
-        extra = {k: v for k, v in row.items() if k not in ("prompt", "completions", "ranks", "details")}
+        extra = _beside(row)
         for (one, one_rank), (two, two_rank) in combinations(zip(row["completions"], row["ranks"], strict=True), 2):
             chosen, rejected = (one, two) if one_rank < two_rank else (two, one)
             pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, **extra}
@@ -44,6 +45,79 @@ def rankings_to_pairs(rows: Iterable[Mapping[str, Any]]) -> Converted:
                 dropped[reason] += 1
             else:
                 pairs.append(pair)
+    return pairs, dict(dropped)
+
+
+def rankings_to_ends(rows: Iterable[Mapping[str, Any]]) -> Converted:
+    """One pair a ranking: a best completion against a worst one, the first where several are."""
+    pairs: list[Row] = []
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        if not is_strict(row["ranks"]):
+            dropped["every completion has the same rank"] += 1
+            continue
+        best, worst = (row["completions"][ends(row["ranks"])[0]] for ends in (best_places, worst_places))
+        pair = {"prompt": row["prompt"], "chosen": best, "rejected": worst, **_beside(row)}
+        if reason := fault("pairs", pair):
+            dropped[reason] += 1
+        else:
+            pairs.append(pair)
+    return pairs, dict(dropped)
+
+
+def rankings_to_thumbs(rows: Iterable[Mapping[str, Any]]) -> Converted:
+    """Of each ranking a thumb up for what nothing is better than, down for what nothing is worse than."""
+    thumbs: list[tuple[Any, str, bool]] = []
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        if not is_strict(row["ranks"]):
+            dropped["every completion has the same rank"] += 1
+            continue
+        ends = dict.fromkeys(best_places(row["ranks"]), True) | dict.fromkeys(worst_places(row["ranks"]), False)
+        thumbs += [(row["prompt"], row["completions"][place], up) for place, up in sorted(ends.items())]
+        if between := len(row["completions"]) - len(ends):
+            dropped["neither best nor worst"] += between
+    made, repeated = _distinct_thumbs(thumbs)
+    return made, dict(dropped) | repeated
+
+
+def rankings_to_demonstrations(rows: Iterable[Mapping[str, Any]]) -> Converted:
+    """The best completion of each ranking; none where several tie for it."""
+    rows = list(rows)
+    decided = [row for row in rows if len(best_places(row["ranks"])) == 1]
+    best = [
+        {"prompt": row["prompt"], "completion": row["completions"][best_places(row["ranks"])[0]]} for row in decided
+    ]
+    tied = len(rows) - len(decided)
+    return best, {"several tie for the best": tied} if tied else {}
+
+
+def pairs_to_rankings(rows: Iterable[Mapping[str, Any]]) -> Converted:
+    """Each pair as a ranking of two."""
+    made = [
+        {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "ranks": [0, 1], **_beside(row)}
+        for row in rows
+    ]
+    return made, {}
+
+
+def thumbs_to_pairs(rows: Iterable[Mapping[str, Any]]) -> Converted:
+    """Of each prompt its thumbs up against its thumbs down, in their order, each used once."""
+    by_prompt: dict[str, tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        ups, downs = by_prompt.setdefault(prompt_key(row["prompt"]), ([], []))
+        (ups if row["label"] else downs).append(row)
+    pairs: list[Row] = []
+    dropped: Counter[str] = Counter()
+    for ups, downs in by_prompt.values():
+        for up, down in zip(ups, downs, strict=False):
+            pair = {"prompt": up["prompt"], "chosen": up["completion"], "rejected": down["completion"]}
+            if reason := fault("pairs", pair):
+                dropped[reason] += 1
+            else:
+                pairs.append(pair)
+        if left := abs(len(ups) - len(downs)):
+            dropped["thumb without its opposite for the same prompt"] += left
     return pairs, dict(dropped)
 
 
@@ -88,6 +162,11 @@ def to_chat(rows: Iterable[Mapping[str, Any]]) -> Converted:
     return converted, dict(dropped)
 
 
+def _beside(row: Mapping[str, Any]) -> Row:
+    """Columns that are about the prompt or the annotator, and so hold for whatever is made of the row."""
+    return {column: value for column, value in row.items() if column != "prompt" and column not in _JUDGED}
+
+
 def _distinct_thumbs(thumbs: Iterable[tuple[Any, str, bool]]) -> Converted:
     rows: list[Row] = []
     seen: set[tuple[str, str, bool]] = set()
@@ -104,8 +183,12 @@ def _distinct_thumbs(thumbs: Iterable[tuple[Any, str, bool]]) -> Converted:
 
 CONVERSIONS: dict[tuple[str, str], Callable[[Iterable[Mapping[str, Any]]], Converted]] = {
     ("pairs", "thumbs"): pairs_to_thumbs,
-    ("rankings", "pairs"): rankings_to_pairs,
+    ("pairs", "rankings"): pairs_to_rankings,
     ("pairs", "demonstrations"): pairs_to_demonstrations,
+    ("rankings", "pairs"): rankings_to_pairs,
+    ("rankings", "thumbs"): rankings_to_thumbs,
+    ("rankings", "demonstrations"): rankings_to_demonstrations,
+    ("thumbs", "pairs"): thumbs_to_pairs,
     ("thumbs", "demonstrations"): thumbs_to_demonstrations,
     ("demonstrations", "prompts"): to_prompts,
     ("pairs", "prompts"): to_prompts,
@@ -113,6 +196,17 @@ CONVERSIONS: dict[tuple[str, str], Callable[[Iterable[Mapping[str, Any]]], Conve
     ("thumbs", "prompts"): to_prompts,
     ("completions", "prompts"): to_prompts,
 }
+SERVES = {("pairs", "thumbs"), ("rankings", "pairs")}
+"""Kinds of rows that hold all that another kind asks for: they are converted unasked. Prompts are, out of any kind."""
+GIVES = {
+    ("pairs", "rankings"): "each pair as a ranking of two",
+    ("pairs", "demonstrations"): "the chosen completion of each pair",
+    ("rankings", "thumbs"): "the best of each ranking up, the worst down",
+    ("rankings", "demonstrations"): "the best completion of each ranking",
+    ("thumbs", "pairs"): "thumbs up against thumbs down to the same prompt",
+    ("thumbs", "demonstrations"): "completions with a thumb up",
+}
+"""What is lost or assumed in a conversion that a person has to ask for."""
 
 
 def convert(rows: Iterable[Mapping[str, Any]], from_kind: str, to_kind: str) -> Converted:

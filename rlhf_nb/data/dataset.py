@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_nb.data import rows as rows_of
 from rlhf_nb.data.rows import Row, canonical_json, prompt_key
@@ -131,14 +131,24 @@ class Dataset:
 
         return write_rows(self.rows, path)
 
-    def to(self, kind: str) -> Dataset:
-        """The rows as another kind: pairs as thumbs, rankings as pairs, anything as prompts."""
-        from rlhf_nb.data.conversions import convert
-        from rlhf_nb.data.importers import summarize
+    def to(self, kind: str, *, only: Literal["", "best_and_worst"] = "") -> Dataset:
+        """The rows as another kind: pairs as thumbs, rankings as pairs, anything as prompts. `.dropped` counts what
+        could not come along.
 
-        rows, dropped = convert(self.rows, self.kind, kind)
+        Args:
+            only: Of rankings as pairs: one pair a ranking, a best completion against a worst one.
+
+        Raises:
+            DataError: That kind does not contain what the other needs, or no row is left.
+        """
+        from rlhf_nb.data.conversions import convert, rankings_to_ends
+        from rlhf_nb.data.importers import nothing_left, summarize
+
+        if only and (self.kind, kind) != ("rankings", "pairs"):
+            raise DataError(f"{self.name!r}: only={only!r} is for rankings as pairs, and these are {self.kind}")
+        rows, dropped = rankings_to_ends(self.rows) if only else convert(self.rows, self.kind, kind)
         if not rows:
-            raise DataError(f"{self.name!r}: no {kind} can be made of its {len(self):,} {self.kind}")
+            raise DataError(nothing_left(self.name, kind, len(self), self.kind, dropped))
         return Dataset(
             f"{self.name}-{kind}",
             kind,

@@ -86,6 +86,11 @@ def summarize(n: int, kind: str, origin: str, dropped: dict[str, int]) -> str:
     return f"{line}; dropped {sum(dropped.values()):,}: {_reasons(dropped)}" if dropped else line
 
 
+def nothing_left(name: str, kind: str, n: int, from_kind: str, dropped: dict[str, int]) -> str:
+    """What to say where a conversion leaves no row."""
+    return f'no {kind} can be made of the {n:,} {from_kind} of "{name}": {_reasons(dropped)}'
+
+
 def _convert(records: list[dict[str, Any]], found: Format) -> tuple[list[Row], Counter[str]]:
     rows: list[Row] = []
     dropped: Counter[str] = Counter()

@@ -157,8 +157,6 @@ def _ranking_fault(completions: Any, ranks: Any) -> str | None:
         return "ranks and completions differ in length"
     if len(completions) < 2:
         return "fewer than 2 completions"
-    if len(set(ranks)) == 1:
-        return "every completion has the same rank"
     return None
 
 

@@ -42,12 +42,12 @@ class Evaluator:
     step = 0
 
     def __init__(self, method: Evaluate, context: Context) -> None:
-        from rlhf_nb.rewards.model import RewardModelScorer
+        from rlhf_nb.rewards.ensemble import load_reward_model
 
         self.context = context
         device = "cpu" if context.use_cpu else "cuda"
         path = context.model_path(context.spec.policy)
-        self.scorer = RewardModelScorer.load(path, device=device, emit=context.emit, batch_size=method.batch_size)
+        self.scorer = load_reward_model(path, device=device, emit=context.emit, batch_size=method.batch_size)
 
     def train(self) -> None:
         """Score both sides of every pair on rank 0 and emit the result."""

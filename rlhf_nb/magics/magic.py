@@ -243,6 +243,11 @@ def _generate(ws: Workspace, args: argparse.Namespace) -> Run:
     return _show(run)
 
 
+def _refit(ws: Workspace, args: argparse.Namespace) -> Run:
+    knobs = parser.assignments(args.set, "refit")
+    return _show(ws.refit(args.model, scored=args.scored, labels=args.labels, **knobs))
+
+
 def _pending(word: str) -> Callable[[Workspace, argparse.Namespace], Any]:
     def act(ws: Workspace, args: argparse.Namespace) -> Any:
         run = _run(ws, args.run)
@@ -259,6 +264,7 @@ _CALLS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
     "evaluate": _evaluate,
     "generate": _generate,
     "lineage": lambda ws, args: ws.lineage(args.of),
+    "refit": _refit,
     "models": lambda ws, args: ws.models(),
     "data": lambda ws, args: ws.datasets(),
     "runs": lambda ws, args: ws.runs(),

@@ -54,7 +54,7 @@ def assignments(pairs: list[str] | None, verb: str) -> dict[str, Any]:
 def _train(name: str) -> Callable[[], Words]:
     def make() -> Words:
         method = registry.methods.get(name)
-        words = Words(name, f"{method.title}. Trains on {method.rows}.")
+        words = Words(name, f"{method.title}. Trains on {' or '.join((method.rows, *method.also))}.")
         words.add_argument("--policy", "--base", dest="policy", metavar="MODEL")
         words.add_argument("--data", "--prompts", dest="data", metavar="DATA")
         if method.needs_reward:
@@ -143,6 +143,14 @@ _VERBS: dict[str, Callable[[], Words]] = {
         "lineage",
         "What a model or data set was made from, back to rows and labels.",
         _arg("of", metavar="RUN_MODEL_OR_DATA"),
+    ),
+    "refit": _make(
+        "refit",
+        "Fit a reward model again, with its errors on a policy's completions added.",
+        _arg("model", metavar="REWARD_RUN"),
+        _arg("--scored", required=True, metavar="DATA", help="completions with the reward model's scores"),
+        _arg("--labels", required=True, metavar="DATA_OR_ANNOTATOR", help="pairs or thumbs of these completions"),
+        _arg("--set", nargs="+", action="extend", metavar="key=value", help="knobs that differ from the run's"),
     ),
     "models": _make("models", "Models that resolve by name."),
     "data": _make("data", "Data that resolves by name."),

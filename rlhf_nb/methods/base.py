@@ -92,6 +92,8 @@ class Method(BaseModel):
     paper: ClassVar[str] = ""
     rows: ClassVar[str]
     """Kind of rows it trains on: demonstrations, pairs, prompts …"""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Further kinds that it trains on as they are."""
     models: ClassVar[str] = ""
     """What is in memory while it trains, for the README's table."""
     has_reference: ClassVar[bool] = False
@@ -116,6 +118,11 @@ class Method(BaseModel):
     """Optimizer steps between checkpoints; 0 takes one only when asked."""
     sample_every: int = Field(25, ge=0)
     """Optimizer steps between sampled completions; 0 samples none."""
+
+    @classmethod
+    def rows_in(cls, kind: str) -> str:
+        """The kind it trains on when it is given rows of `kind`."""
+        return kind if kind in cls.also else cls.rows
 
     def live_in(self, spec: RunSpec) -> tuple[LiveCoefficient, ...]:
         """The live coefficients of one run: a combined reward adds a weight for each of its parts."""

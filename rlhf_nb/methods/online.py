@@ -218,7 +218,7 @@ class OnlineMethod(Method):
         if self.combine_rewards != "sum" and len(reward_parts(spec.reward)) < 2:
             raise SpecError(
                 f"{self.name}: combine_rewards={self.combine_rewards} needs several rewards and there is one; "
-                f"give reward=[first, second]"
+                f"give reward=[first, second], or of an ensemble reward='RUN(over=\"{self.combine_rewards}\")'"
             )
         if self.reference == "ema" and spec.adapter is not None:
             raise SpecError(

@@ -29,7 +29,8 @@ def _row(method: type[Method]) -> tuple[str, ...]:
     live = [coefficient.name for coefficient in method.live]
     if method.needs_reward:
         live.append("the reward and its weights")
-    rows = f"{method.rows} and a reward" if method.needs_reward else method.rows
+    kinds = " or ".join((method.rows, *method.also))
+    rows = f"{kinds} and a reward" if method.needs_reward else kinds
     number = method.paper.removeprefix("arXiv:")
     paper = f"[{method.paper}](https://arxiv.org/abs/{number})" if number else ""
     return f"`{method.name}`", rows, method.models, ", ".join(live), paper

@@ -72,12 +72,15 @@ _ENTRIES = (
     Entry("time/score_s", "scoring time", "s", "wall time of the rewards of a rollout", "exact, rank 0", "down"),
     Entry("time/reference_s", "reference time", "s", "wall time of reference and value passes", "exact, rank 0", "down"),
     Entry("time/update_s", "update time", "s", "wall time of a rollout's optimizer steps", "exact; pauses left out", "down"),
-    # Reward models, on pairs
-    Entry("score/mean", "score", "score", "r(x, y)", "mean over both sides of the pairs", "watch"),
+    # Reward models, on pairs or rankings
+    Entry("score/mean", "score", "score", "r(x, y)", "mean over the completions of the batch", "watch"),
+    Entry("score/std", "spread of scores", "score", "sd of r(x, y)", "population sd over the completions of the batch", "watch"),
     Entry("score/min", "lowest score", "score", "min r(x, y)", "exact over the batch", "watch"),
     Entry("score/max", "highest score", "score", "max r(x, y)", "exact over the batch", "watch"),
-    Entry("pairs/accuracy", "pair accuracy", "", "P[r(y_w) > r(y_l)]", "mean over the batch it then trains on", "up"),
-    Entry("pairs/margin", "score margin", "score", "r(y_w) − r(y_l)", "mean over the batch", "up"),
+    Entry("pairs/accuracy", "pair accuracy", "", "P[r(y_w) > r(y_l)]", "mean over the strict comparisons of the batch it then trains on", "up"),
+    Entry("pairs/margin", "score margin", "score", "r(y_w) − r(y_l)", "mean over the strict comparisons of the batch", "up"),
+    Entry("length/correlation", "score and length", "", "ρ(r, ℓ), both less their prompt's mean", "Pearson, over the completions of a micro-batch", "watch"),
+    Entry("length/term", "length explains", "nats/sd", "γ in logit = r(y_w) − r(y_l) + γ·(ℓ_w − ℓ_l)", "stochastic Newton over the last 20 steps", "watch"),
     # Direct preference methods
     Entry("implicit_reward/chosen", "implicit reward, chosen", "nats×β", "β (log π(y_w|x) − log π_ref(y_w|x))", "mean over the batch; rescales with β", "watch"),
     Entry("implicit_reward/rejected", "implicit reward, rejected", "nats×β", "β (log π(y_l|x) − log π_ref(y_l|x))", "mean over the batch; rescales with β", "watch"),

@@ -68,6 +68,8 @@ class BlobData(Frozen):
     row_kind: RowKind
     n: int
     name: str = ""
+    converted: str = ""
+    """What they were made of and what was left out, where they were of another kind; said at the start of the run."""
 
 
 class RunData(Frozen):
@@ -112,11 +114,17 @@ class NamedReward(Frozen):
     config: dict[str, Any] = {}
 
 
+Over = Literal["mean", "min", "mean_minus_std"]
+
+
 class ModelReward(Frozen):
-    """A reward model: a sequence classifier with one output."""
+    """A reward model: a sequence classifier with one output, or an ensemble of them."""
 
     kind: Literal["model"] = "model"
     model: ModelRef
+    over: Over = "mean"
+    """How the members of an ensemble become one score: their mean, the worst, or the mean − std_coef × their spread."""
+    std_coef: float = Field(1.0, ge=0, allow_inf_nan=False)
 
 
 class FunctionReward(Frozen):

@@ -30,9 +30,19 @@ class RewardModelScorer:
 
     @classmethod
     def load(
-        cls, path: str, *, device: Any = None, emit: Emitter | None = None, batch_size: int = BATCH, dtype: Any = None
+        cls,
+        path: str,
+        *,
+        device: Any = None,
+        emit: Emitter | None = None,
+        batch_size: int = BATCH,
+        dtype: Any = None,
+        tokenizer: str | None = None,
     ) -> RewardModelScorer:
         """From the directory a reward-model run saved, or any sequence classifier with one label.
+
+        Args:
+            tokenizer: Another directory, where the tokenizer does not lie beside the model.
 
         Raises:
             SpecError: It has two labels, or it is no sequence classifier.
@@ -40,46 +50,23 @@ class RewardModelScorer:
         from transformers import AutoModelForSequenceClassification
 
         check_head(path)
-        tokenizer = models.load_tokenizer(path, emit)
+        words = models.load_tokenizer(tokenizer or path, emit)
         kwargs = {"dtype": dtype} if dtype is not None else {}
         model = models.load_model(path, AutoModelForSequenceClassification, num_labels=1, **kwargs)
-        model.config.get_text_config().pad_token_id = _pad_token_id(model.config.get_text_config(), tokenizer)
+        model.config.get_text_config().pad_token_id = _pad_token_id(model.config.get_text_config(), words)
         model.eval().requires_grad_(False)
         if device is not None:
             model.to(device)
-        return cls(
-            model, tokenizer, name=Path(path).name, max_length=models.context_length(path), batch_size=batch_size
-        )
+        return cls(model, words, name=Path(path).name, max_length=models.context_length(path), batch_size=batch_size)
 
     @classmethod
     def load_on(cls, path: str, base: str, trunk: Any, *, device: Any = None) -> RewardModelScorer | None:
         """On another model's weights: where the directory keeps an adapter that was trained on `base`; else None."""
-        import torch
-        from peft import PeftModel
-        from transformers import AutoConfig, AutoModelForSequenceClassification
-
-        from rlhf_nb.training.actor_critic import same_weights
-
-        adapter = Path(path) / "adapter"
-        if not (adapter / "adapter_config.json").exists():
-            return None
-        trained_on = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        if Path(trained_on.get("base_model_name_or_path") or "").resolve() != Path(base).resolve():
+        adapter = str(Path(path) / "adapter")
+        if not trained_on(adapter, base):
             return None
         check_head(path)
-        tokenizer = models.load_tokenizer(path)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
-        setattr(model, model.base_model_prefix, same_weights(trunk))
-        head = next(name for name, child in model.named_children() if name != model.base_model_prefix)
-        getattr(model, head).to_empty(device="cpu")
-        model = PeftModel.from_pretrained(model, str(adapter))
-        model.config.get_text_config().pad_token_id = _pad_token_id(config.get_text_config(), tokenizer)
-        model.eval().requires_grad_(False)
-        if device is not None:
-            model.to(device)
-        return cls(model, tokenizer, name=Path(path).name, max_length=models.context_length(path))
+        return on_trunk(path, adapter, trunk, device=device)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """One finite score for each completion, in order.
@@ -111,6 +98,44 @@ class RewardModelScorer:
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[float]:
         return self.score(prompts, completions)
+
+
+def trained_on(adapter: str, base: str) -> bool:
+    """Whether a directory holds an adapter of the model in another one."""
+    settings = Path(adapter) / "adapter_config.json"
+    if not settings.exists():
+        return False
+    named = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return Path(named or "").resolve() == Path(base).resolve()
+
+
+def on_trunk(path: str, adapter: str, trunk: Any, *, device: Any = None, batch_size: int = BATCH) -> RewardModelScorer:
+    """A reward model that stands on a trunk's own weights, with its adapter and head on top.
+
+    Args:
+        path: Its configuration and tokenizer.
+        adapter: Its adapter and head.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from rlhf_nb.training.actor_critic import same_weights
+
+    tokenizer = models.load_tokenizer(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    setattr(model, model.base_model_prefix, same_weights(trunk))
+    head = next(name for name, child in model.named_children() if name != model.base_model_prefix)
+    getattr(model, head).to_empty(device="cpu")
+    model = PeftModel.from_pretrained(model, adapter)
+    model.config.get_text_config().pad_token_id = _pad_token_id(config.get_text_config(), tokenizer)
+    model.eval().requires_grad_(False)
+    if device is not None:
+        model.to(device)
+    longest = models.context_length(path)
+    return RewardModelScorer(model, tokenizer, name=Path(path).name, max_length=longest, batch_size=batch_size)
 
 
 def _pad_token_id(config: Any, tokenizer: Any) -> int:

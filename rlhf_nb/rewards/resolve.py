@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_nb import registry
 from rlhf_nb.protocol.spec import FunctionReward, ModelReward, NamedReward, reward_parts
+from rlhf_nb.rewards.ensemble import EnsembleScorer, is_ensemble, load_reward_model
 from rlhf_nb.rewards.functions import RewardFunction, from_reference
 from rlhf_nb.rewards.model import RewardModelScorer
 
@@ -34,12 +35,18 @@ def load(
     """
     if isinstance(reference, ModelReward):
         path = context.model_path(reference.model)
-        if backbone is not None and (found := RewardModelScorer.load_on(path, *backbone, device=device)) is not None:
+        over: dict[str, Any] = {"over": reference.over, "std_coef": reference.std_coef}
+        found: RewardModelScorer | EnsembleScorer | None = None
+        if backbone is not None and is_ensemble(path):
+            found = EnsembleScorer.load_on(path, *backbone, device=device, **over)
+        elif backbone is not None and reference.over == "mean":
+            found = RewardModelScorer.load_on(path, *backbone, device=device)
+        if found is not None:
             context.emit.notice(
                 "shared_backbone", f"{found.name} is an adapter of the policy's base: it stands on the same weights"
             )
             return found
-        return RewardModelScorer.load(path, device=device, emit=context.emit)
+        return load_reward_model(path, device=device, emit=context.emit, **over)
     if isinstance(reference, NamedReward):
         ready = getattr(registry.rewards.get(reference.name), "ready", None)
         if ready is not None:

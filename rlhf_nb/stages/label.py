@@ -45,6 +45,11 @@ def label(
 
 
 def chooser(name: str) -> Callable[[Any, str, str], str]:
+    """How a simulated annotator chooses between two completions."""
+    return annotator(name).choose
+
+
+def annotator(name: str) -> Any:
     """A simulated annotator by name.
 
     Raises:
@@ -55,7 +60,7 @@ def chooser(name: str) -> Callable[[Any, str, str], str]:
     import importlib
 
     module, _, attribute = SIMULATED[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)().choose
+    return getattr(importlib.import_module(module), attribute)()
 
 
 def labelled(workspace: Workspace, queue: str) -> Dataset:

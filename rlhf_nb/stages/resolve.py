@@ -12,8 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from rlhf_nb import registry
-from rlhf_nb.data.conversions import convert
+from rlhf_nb.data.conversions import CONVERSIONS, GIVES, SERVES, convert
+from rlhf_nb.data.importers import nothing_left, summarize
+from rlhf_nb.data.rows import COLUMNS, KINDS
 from rlhf_nb.errors import DataError, NotFoundError, RlhfError, SpecError, did_you_mean
 from rlhf_nb.protocol.spec import (
     BlobData,
@@ -33,7 +37,6 @@ from rlhf_nb.protocol.spec import (
     RewardRef,
     RunData,
     RunModel,
-    describe,
 )
 from rlhf_nb.rewards.functions import named
 
@@ -96,25 +99,29 @@ def resolve_model(workspace: Workspace, value: Any, *, verb: str, role: str) -> 
     raise NotFoundError(f'{verb}: {role} "{value}" does not exist in this workspace{hint}  %rlhf models lists them.')
 
 
-SERVES = {("pairs", "thumbs"), ("rankings", "pairs")}
-"""Kinds of rows that hold all that another kind asks for. Demonstrations out of pairs are asked for, not assumed."""
-
-
-def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> DataRef:
-    """A Dataset, a name or loose rows as a data reference of the kind the method trains on.
+def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str, also: tuple[str, ...] = ()) -> DataRef:
+    """A Dataset or a name as a data reference of the kind the method trains on.
 
     A method that needs prompts takes the distinct prompts of any kind of rows; pairs serve as thumbs and rankings as
-    pairs.
+    pairs. Other conversions lose or assume something, and are asked for: "NAME as KIND". What a conversion left out is
+    counted in the reference.
+
+    Args:
+        rows: The kind that it trains on.
+        also: Further kinds that it takes as they are.
 
     Raises:
-        DataError: Rows of another kind; the message names what is needed.
+        DataError: Rows of another kind; the message names what is needed and how to get it from these.
     """
     if isinstance(value, MixedData):
         return value
     if isinstance(value, Mapping):
         return _mixture(workspace, value, verb=verb, rows=rows)
+    asked = ""
+    if isinstance(value, str) and (found := re.fullmatch(r"(.+\S)\s+as\s+(\w+)", value)) and found[2] in KINDS:
+        value, asked = found[1], found[2]
     if isinstance(value, RunData) or is_run(value) or (isinstance(value, str) and value in workspace.run_ids()):
-        made = _made_by(workspace, value, verb=verb, rows=rows)
+        made = _made_by(workspace, value, verb=verb, wanted=asked or rows, also=() if asked else also)
         if isinstance(made, RunData):
             return made
         value = made
@@ -128,23 +135,38 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str) -> D
         if not hasattr(dataset, "content_hash"):
             raise SpecError(f"{verb}: data={value!r} is no data set; give a name or what ws.import_data returned")
         kind, reference = dataset.kind, None
-    if kind == rows:
+    if asked and asked != rows and rows != "prompts" and asked not in also:
+        raise DataError(f'{verb}: data "{value} as {asked}": {verb} trains on {_needed(rows, also)}')
+    to = asked or (kind if kind in also else rows)
+    if kind == to:
         if reference is not None:
             return reference
         assert dataset is not None
         return workspace.keep_rows(dataset.rows, kind, dataset.name, origin=dataset)
-    if rows == "prompts":
-        source = dataset if dataset is not None else workspace.dataset(describe(reference))
-        kept = convert(source.rows, kind, rows)[0]
-        return workspace.keep_rows(kept, rows, source.name, origin=source)
-    name = getattr(dataset, "name", None) or getattr(reference, "name", "")
-    if (kind, rows) in SERVES:
-        source = dataset if dataset is not None else workspace.dataset(str(name))
-        return workspace.keep_rows(convert(source.rows, kind, rows)[0], rows, f"{name} as {rows}", origin=source)
-    raise DataError(f'{verb}: data "{name}" holds {kind}, and {verb} trains on {rows}; %rlhf data lists what there is')
+    name = getattr(dataset, "name", None) or getattr(reference, "name", "") or str(value)
+    if (kind, to) not in CONVERSIONS or not (asked or to == "prompts" or (kind, to) in SERVES):
+        raise DataError(f'{verb}: data "{name}" holds {kind}, and {verb} trains on {_way_out(name, kind, rows, also)}')
+    source = dataset if dataset is not None else workspace.dataset(name)
+    converted, dropped = convert(source.rows, kind, to)
+    if not converted:
+        raise DataError(f"{verb}: {nothing_left(name, to, len(source.rows), kind, dropped)}")
+    kept = workspace.keep_rows(converted, to, name if to == "prompts" else f"{name} as {to}", origin=source)
+    said = summarize(len(converted), to, f"{len(source.rows):,} {kind} of {name}", dropped)
+    return kept.model_copy(update={"converted": said})
 
 
-def _made_by(workspace: Workspace, value: Any, *, verb: str, rows: str) -> RunData | Dataset:
+def _needed(rows: str, also: tuple[str, ...]) -> str:
+    return " or ".join(f"{kind} ({', '.join(COLUMNS[kind])})" for kind in (rows, *also))
+
+
+def _way_out(name: str, kind: str, rows: str, also: tuple[str, ...]) -> str:
+    """What is needed, and which conversions from what there is lead there."""
+    ways = [f'"{name} as {to}" takes {GIVES[kind, to]}' for to in (rows, *also) if (kind, to) in GIVES]
+    otherwise = f"nothing like it can be made of {kind}; %rlhf data lists what there is"
+    return f"{_needed(rows, also)}; {', '.join(ways) or otherwise}"
+
+
+def _made_by(workspace: Workspace, value: Any, *, verb: str, wanted: str, also: tuple[str, ...]) -> RunData | Dataset:
     """The rows a run makes: by its id where they are of the right kind, so that they need neither exist nor travel."""
     run_id = getattr(value, "run_id", None) or str(value)
     spec = workspace.spec(run_id)
@@ -153,12 +175,12 @@ def _made_by(workspace: Workspace, value: Any, *, verb: str, rows: str) -> RunDa
         raise SpecError(
             f"{verb}: data {run_id} is a {spec.method} run and makes no rows; %rlhf data lists what there is"
         )
-    if rows in (kind, "prompts"):
+    if kind in (wanted, *also) or wanted == "prompts":
         return RunData(run_id=run_id, row_kind=kind)
     run = workspace.run(run_id)
     if run.state not in ("finished", "stopped"):
         raise DataError(
-            f"{verb}: data {run_id} will hold {kind}, and {verb} trains on {rows}; wait for it, then convert"
+            f"{verb}: data {run_id} will hold {kind}, and {verb} trains on {wanted}; wait for it, then convert"
         )
     return run.data
 
@@ -256,8 +278,8 @@ def _call_end(text: str, start: int) -> int:
     raise SpecError(f"reward {text!r}: options are written as in Python: NAME(option=value), texts in quotes")
 
 
-def _with_options(text: str) -> NamedReward | None:
-    """`regex(pattern="^yes")` as the reward with its options; None for a plain name."""
+def _with_options(text: str) -> tuple[str, dict[str, Any]] | None:
+    """`regex(pattern="^yes")` as a name with its options; None for a plain name."""
     found = re.fullmatch(r"([\w-]+)(\(.*\))", text, re.DOTALL)
     if found is None:
         return None
@@ -271,7 +293,32 @@ def _with_options(text: str) -> NamedReward | None:
         raise SpecError(
             f"reward {text}: options are written as in Python: NAME(option=value), texts in quotes"
         ) from None
-    return named(found[1], config)
+    return found[1], config
+
+
+def _model_with_options(
+    workspace: Workspace, name: str, options: dict[str, Any], *, verb: str, role: str
+) -> ModelReward:
+    """`reward-1(over="min")`: an ensemble, and how its members become one score."""
+    plain = _one_reward(workspace, name, verb=verb, role=role)
+    assert isinstance(plain, ModelReward) and isinstance(plain.model, RunModel)
+    known = [option for option in ModelReward.model_fields if option not in ("kind", "model")]
+    for option in options:
+        if option not in known:
+            have = f"its options: {', '.join(known)}"
+            raise SpecError(f"{role} {name}: no option {option}{did_you_mean(option, known)}  {have}")
+    try:
+        made = ModelReward(model=plain.model, **options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = first["msg"].lower().replace("input should", "should")
+        raise SpecError(f"{role} {name}: {first['loc'][0]}={first['input']!r}: {said}") from None
+    if workspace.spec(plain.model.run_id).config.get("members", 1) < 2:
+        raise SpecError(
+            f"{role} {name}: its options are for the members of an ensemble, and it is one model; leave them out, or "
+            f"train with --set members=5"
+        )
+    return made
 
 
 def _one_reward(
@@ -285,7 +332,10 @@ def _one_reward(
         if value in registry.rewards:
             return named(value, {})
         if (with_options := _with_options(value)) is not None:
-            return with_options
+            name, options = with_options
+            if name in workspace.run_ids():
+                return _model_with_options(workspace, name, options, verb=verb, role=role)
+            return named(name, options)
         if value in workspace.reward_functions:
             return workspace.reward_functions[value]
     elif callable(value) and not is_run(value) and not isinstance(value, _MODEL_KINDS):

@@ -73,7 +73,7 @@ def train(
         method=verb,
         config=method.model_dump(mode="json"),
         policy=resolve_model(workspace, model, verb=verb, role=role),
-        data=resolve_data(workspace, rows, verb=verb, rows=method.rows),
+        data=resolve_data(workspace, rows, verb=verb, rows=method.rows, also=method.also),
         reward=resolve_reward(workspace, reward, verb=verb) if reward is not None else None,
         gold=resolve_reward(workspace, gold, verb=verb, role="gold") if gold is not None else None,
         pretraining=resolve_data(workspace, pretraining, verb=verb, rows="demonstrations")

@@ -51,9 +51,11 @@ class Context:
     emit: Emitter
     control: ControlLoop
     rows: list[dict[str, Any]]
-    """Training rows: of the kind the method declares, prompts for online methods."""
+    """Training rows, of kind `row_kind`."""
     model_path: Callable[[Any], str]
     """ModelRef → local directory that `from_pretrained` takes. Models pass between stages as directories."""
+    row_kind: str = ""
+    """One of the kinds the method declares; prompts for online methods."""
     mixture: tuple[tuple[int, float], ...] = ()
     """Of rows from several data sets: how many each gave, one after another, and its share of what is drawn."""
     held_out: list[dict[str, Any]] | None = None

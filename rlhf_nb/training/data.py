@@ -26,6 +26,11 @@ def embedded_rows(name: str) -> tuple[str, list[Row]]:
     return dataset(name)
 
 
+def kind_of(reference: NamedData | BlobData | RunData) -> str:
+    """The kind of rows that a reference stands for."""
+    return embedded_rows(reference.name)[0] if isinstance(reference, NamedData) else reference.row_kind
+
+
 def load_rows(
     reference: NamedData | BlobData | RunData, blobs: Path, kind: str, *, runs_root: Path | None = None
 ) -> list[Row]:
@@ -147,7 +152,7 @@ def say_what_fits(
     import pyarrow.compute as pc
 
     rows, kept = len(context.rows), len(dataset)
-    what = context.method.rows
+    what = context.row_kind
     if not kept:
         raise DataError(
             f"{context.method.name}: none of the {rows} {what} fits in max_length={max_length} tokens; "

@@ -23,7 +23,7 @@ from rlhf_nb.protocol.spec import RunSpec, data_parts
 from rlhf_nb.training import checkpoints, distributed, models
 from rlhf_nb.training.context import Context, Emitter
 from rlhf_nb.training.control import ControlLoop
-from rlhf_nb.training.data import embedded_rows, load_rows
+from rlhf_nb.training.data import embedded_rows, kind_of, load_rows
 
 VERSIONS = ("rlhf-nb", "torch", "transformers", "trl", "peft", "accelerate")
 
@@ -232,7 +232,11 @@ def _context(
     if spec.data is None:
         raise SpecError(f"{spec.method}: no data; give data=, or prompts= for a method that samples")
     emit.stage("reading rows")
-    sources = [load_rows(part.data, blobs, method.rows, runs_root=runs_root) for part in data_parts(spec.data)]
+    row_kind = method.rows_in(kind_of(data_parts(spec.data)[0].data))
+    sources = [load_rows(part.data, blobs, row_kind, runs_root=runs_root) for part in data_parts(spec.data)]
+    for part in data_parts(spec.data):
+        if converted := getattr(part.data, "converted", ""):
+            emit.notice("rows_converted", converted)
     mixture = [(len(rows), part.weight) for rows, part in zip(sources, data_parts(spec.data), strict=True)]
     return Context(
         spec=spec,
@@ -241,6 +245,7 @@ def _context(
         emit=emit,
         control=control,
         rows=[row for rows in sources for row in rows],
+        row_kind=row_kind,
         mixture=tuple(mixture),
         model_path=models.resolver(runs_root, emit),
         held_out=load_rows(spec.held_out, blobs, "prompts", runs_root=runs_root) if spec.held_out is not None else None,

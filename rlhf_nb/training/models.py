@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 _WANTED_FROM_HUB = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
+ENSEMBLE = "ensemble.json"
+"""In the directory of several reward models that were trained together; see training/ensemble.py."""
+
 FOUR_BIT_DEVICES = ("cuda",)
 """bitsandbytes 0.50 runs on CPUs too, with a kernel that has no backward pass."""
 
@@ -227,12 +230,27 @@ def load_model(path: str, architecture: Any = None, *, quantize: str = "none", *
     import torch
     from transformers import AutoModelForCausalLM
 
+    refuse_ensemble(path)
     kwargs.setdefault("dtype", torch.float32)
     if quantize == "4bit":
         kwargs |= _in_4_bit(kwargs["dtype"])
     return (architecture or AutoModelForCausalLM).from_pretrained(
         path, trust_remote_code=False, use_safetensors=True, **kwargs
     )
+
+
+def refuse_ensemble(path: str) -> None:
+    """Several reward models are no model that trains or answers.
+
+    Raises:
+        SpecError: The directory holds an ensemble.
+    """
+    if (Path(path) / ENSEMBLE).exists():
+        members = json.loads((Path(path) / ENSEMBLE).read_text(encoding="utf-8"))["members"]
+        raise SpecError(
+            f"model {Path(path).parent.name}/{Path(path).name} is an ensemble of {len(members)} reward models, which "
+            f"only scores; use it with --reward, or start from the model that it began with"
+        )
 
 
 def _in_4_bit(dtype: Any) -> dict[str, Any]:
@@ -313,9 +331,11 @@ def max_length(path: str, wanted: int, emit: Emitter) -> int:
 def content_hash(directory: Path) -> str:
     """SHA-256 over names and bytes of what decides a model's outputs: weights, configuration, tokenizer."""
     digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and path.is_file():
-            digest.update(path.name.encode() + b"\0")
+    # The adapter that a merged model keeps beside decides nothing; members of an ensemble do.
+    inside = [f for f in directory.rglob("*") if "adapter" not in f.relative_to(directory).parts[:-1] and f.is_file()]
+    for path in sorted(inside):
+        if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
+            digest.update(path.relative_to(directory).as_posix().encode() + b"\0")
             with open(path, "rb") as handle:
                 while block := handle.read(1 << 22):
                     digest.update(block)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_nb.data.conversions import convert, pairs_to_thumbs, rankings_to_pairs, to_chat
+from rlhf_nb.data.conversions import (
+    convert,
+    pairs_to_thumbs,
+    rankings_to_ends,
+    rankings_to_pairs,
+    rankings_to_thumbs,
+    to_chat,
+)
+from rlhf_nb.data.dataset import Dataset
 from rlhf_nb.errors import DataError
 
 
@@ -27,6 +35,58 @@ def test_a_pair_gives_a_thumb_each_way():
         {"prompt": "p", "completion": "r", "label": False},
     ]
     assert dropped == {}
+
+
+RANKED = [
+    {"prompt": "p", "completions": ["b", "a", "c", "d"], "ranks": [1, 0, 2, 2], "tree": 7},
+    {"prompt": "q", "completions": ["x", "y"], "ranks": [3, 3]},
+    {"prompt": "r", "completions": ["s", " s"], "ranks": [0, 1]},
+]
+
+
+def test_a_ranking_gives_its_two_ends_as_one_pair():
+    rows, dropped = rankings_to_ends(RANKED)
+    assert rows == [{"prompt": "p", "chosen": "a", "rejected": "c", "tree": 7}]
+    assert dropped == {"every completion has the same rank": 1, "identical chosen and rejected": 1}
+    ends = Dataset("mine", "rankings", RANKED).to("pairs", only="best_and_worst")
+    assert ends.rows == rows and ends.dropped == dropped
+    with pytest.raises(DataError, match="only='best_and_worst' is for rankings as pairs, and these are rankings"):
+        Dataset("mine", "rankings", RANKED).to("thumbs", only="best_and_worst")
+
+
+def test_a_ranking_gives_thumbs_at_its_ends_and_counts_what_lies_between():
+    rows, dropped = rankings_to_thumbs(RANKED[:2])
+    assert [(row["completion"], row["label"]) for row in rows] == [("a", True), ("c", False), ("d", False)]
+    assert dropped == {"neither best nor worst": 1, "every completion has the same rank": 1}
+
+
+def test_a_ranking_gives_its_best_as_a_demonstration_unless_several_tie():
+    assert convert(RANKED, "rankings", "demonstrations") == (
+        [{"prompt": "p", "completion": "a"}, {"prompt": "r", "completion": "s"}],
+        {"several tie for the best": 1},
+    )
+
+
+def test_thumbs_up_meet_thumbs_down_of_their_prompt_once_each():
+    thumbs = [
+        ("p", "a", True),
+        ("p", "b", False),
+        (" p", "c", True),
+        ("p", "d", True),
+        ("p", "e", False),
+        ("q", "f", True),
+    ]
+    given = [dict(zip(("prompt", "completion", "label"), each, strict=True)) for each in thumbs]
+    rows, dropped = convert(given, "thumbs", "pairs")
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("a", "b"), ("c", "e")]
+    assert dropped == {"thumb without its opposite for the same prompt": 2}
+
+
+def test_a_pair_is_a_ranking_of_two_and_back_again():
+    pairs = [{"prompt": "p", "chosen": "c", "rejected": "r", "weight": 2.0}]
+    rankings, _ = convert(pairs, "pairs", "rankings")
+    assert rankings == [{"prompt": "p", "completions": ["c", "r"], "ranks": [0, 1], "weight": 2.0}]
+    assert convert(rankings, "rankings", "pairs") == (pairs, {})
 
 
 def test_transcripts_become_chat_messages():

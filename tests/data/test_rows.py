@@ -64,7 +64,6 @@ def test_an_integer_and_a_float_are_not_the_same_text():
             "ranks and completions differ in length",
         ),
         ("rankings", {"prompt": "p", "completions": ["a"], "ranks": [0]}, "fewer than 2 completions"),
-        ("rankings", {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1]}, "every completion has the same rank"),
         (
             "rankings",
             {"prompt": "p", "completions": ["a", None], "ranks": [0, 1]},

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_nb.errors import DataError
 from rlhf_nb.methods.reward_model import RewardModel
-from rlhf_nb.protocol.spec import LoRA
+from rlhf_nb.protocol.spec import LoRA, RunModel
 from rlhf_nb.rewards.model import RewardModelScorer
-from rlhf_nb.toy import pairs
+from rlhf_nb.toy import demonstrations, pairs
 
 CONFIG = {"max_steps": 3, "batch_size": 2, "learning_rate": 1e-2, "max_length": 400}
 EASY = [{"prompt": f"Question {i}?", "chosen": "Yes, of course.", "rejected": "zzzz"} for i in range(8)]
@@ -58,11 +59,25 @@ def test_one_pair_trains(job, trace):
     assert len(trace(job("reward", pairs(1), config=CONFIG), "loss")) == 3
 
 
-def test_it_declares_no_reference_and_one_live_coefficient(job):
+def test_it_declares_no_reference_and_its_live_coefficients(job):
     started = job("reward", pairs(2), config={**CONFIG, "max_steps": 1}).events()[0]
     assert not started.has_reference
-    assert [c.name for c in started.coefficients] == ["learning_rate"]
-    assert RewardModel.rows == "pairs"
+    assert {c.name: c.value for c in started.coefficients} == {
+        "learning_rate": 1e-2,
+        "center_rewards_coefficient": 0.0,
+    }
+    assert [RewardModel.rows_in(kind) for kind in ("pairs", "rankings", "thumbs")] == ["pairs", "rankings", "pairs"]
+
+
+def test_it_starts_from_the_sft_model_it_is_given(job):
+    sft = job("sft", demonstrations(4), name="sft-1", config={"max_steps": 2, "sample_every": 0, "learning_rate": 1e-2})
+    frozen = {**CONFIG, "max_steps": 1, "learning_rate": 0.0}
+    place = job("reward", pairs(2), name="reward-1", config=frozen, policy=RunModel(run_id="sft-1"))
+    trunk, taught, base = (load_file(path / "model.safetensors") for path in (place.model, sft.model, job.model))
+    shared = [name for name in taught if name in trunk]
+    assert len(shared) == len(taught) - 1, "all but the language model's head"
+    assert all(torch.equal(trunk[name], taught[name]) for name in shared)
+    assert not torch.equal(trunk["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
 
 
 def test_a_tokenizer_without_a_pad_token_is_padded_with_its_end_and_scored_as_trained(job, trace, tiny_model_maker):

@@ -7,7 +7,11 @@ import re
 import pytest
 
 import rlhf_nb as rl
+from rlhf_nb import registry
+from rlhf_nb.data.conversions import SERVES
 from rlhf_nb.errors import DataError, NotFoundError, SpecError
+from rlhf_nb.methods.reward_model import RewardModel
+from rlhf_nb.protocol.spec import ModelReward, NamedData, RunModel, RunSpec
 from rlhf_nb.stages.resolve import resolve_data, resolve_reward
 
 
@@ -28,9 +32,83 @@ def test_pairs_serve_as_thumbs_and_rankings_as_pairs(ws):
     assert resolve_data(ws, "toy-rankings", verb="dpo", rows="pairs").row_kind == "pairs"
 
 
+def test_a_method_that_takes_both_gets_rankings_as_they_are(ws):
+    kinds = {"rows": RewardModel.rows, "also": RewardModel.also}
+    assert resolve_data(ws, "toy-rankings", verb="reward", **kinds) == NamedData(name="toy-rankings")
+    assert resolve_data(ws, "toy-pairs", verb="reward", **kinds) == NamedData(name="toy-pairs")
+
+
 def test_demonstrations_out_of_pairs_are_asked_for_and_not_assumed(ws):
     with pytest.raises(DataError, match="holds pairs, and sft trains on demonstrations"):
         resolve_data(ws, "toy-pairs", verb="sft", rows="demonstrations")
+
+
+SOME = {
+    "demonstrations": [{"prompt": "p", "completion": "a"}, {"prompt": "p", "completion": "b"}],
+    "pairs": [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a", "rejected": "c"}],
+    "rankings": [
+        {"prompt": "p", "completions": ["a", "b", "c", "d"], "ranks": [0, 1, 1, 2]},
+        {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1]},
+    ],
+    "thumbs": [
+        {"prompt": "p", "completion": "a", "label": True},
+        {"prompt": "p", "completion": "b", "label": False},
+        {"prompt": "p", "completion": "c", "label": False},
+    ],
+    "prompts": [{"prompt": "p"}],
+}
+LEFT_OUT = {
+    ("demonstrations", "prompts"): "1 prompt from 2 demonstrations of mine; dropped 1: repeated prompt (1)",
+    ("pairs", "thumbs"): "3 thumbs from 2 pairs of mine; dropped 1: repeated thumb (1)",
+    ("pairs", "demonstrations"): "2 demonstrations from 2 pairs of mine",
+    ("pairs", "rankings"): "2 rankings from 2 pairs of mine",
+    ("pairs", "prompts"): "1 prompt from 2 pairs of mine; dropped 1: repeated prompt (1)",
+    ("rankings", "pairs"): "5 pairs from 2 rankings of mine; dropped 2: equal ranks (2)",
+    ("rankings", "thumbs"): "2 thumbs from 2 rankings of mine; dropped 3: neither best nor worst (2), "
+    "every completion has the same rank (1)",
+    ("rankings", "demonstrations"): "1 demonstration from 2 rankings of mine; dropped 1: several tie for the best (1)",
+    ("rankings", "prompts"): "1 prompt from 2 rankings of mine; dropped 1: repeated prompt (1)",
+    ("thumbs", "pairs"): "1 pair from 3 thumbs of mine; dropped 1: thumb without its opposite for the same prompt (1)",
+    ("thumbs", "demonstrations"): "1 demonstration from 3 thumbs of mine; dropped 2: thumb down (2)",
+    ("thumbs", "prompts"): "1 prompt from 3 thumbs of mine; dropped 2: repeated prompt (2)",
+}
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in registry.methods.names() if registry.methods.get(name).rows in SOME]
+)
+@pytest.mark.parametrize("kind", SOME)
+def test_every_kind_of_rows_serves_or_is_converted_on_request_or_is_refused_with_what_is_needed(ws, kind, method):
+    cls = registry.methods.get(method)
+    kinds = {"rows": cls.rows, "also": cls.also}
+    ws.add_data(SOME[kind], name="mine", kind=kind)
+    ways = [to for to in (cls.rows, *cls.also) if (kind, to) in LEFT_OUT]
+    if kind in (cls.rows, *cls.also):
+        assert resolve_data(ws, "mine", verb=method, **kinds).converted == ""
+    elif cls.rows == "prompts" or (kind, cls.rows) in SERVES:
+        assert resolve_data(ws, "mine", verb=method, **kinds).converted == LEFT_OUT[kind, cls.rows]
+    else:
+        with pytest.raises(DataError) as caught:
+            resolve_data(ws, "mine", verb=method, **kinds)
+        said = str(caught.value)
+        assert f'{method}: data "mine" holds {kind}, and {method} trains on {cls.rows} (prompt, ' in said
+        assert ("nothing like it can be made of" in said) == (not ways) and "\n" not in said
+        assert all(f'"mine as {to}" takes ' in said for to in ways)
+    for to in ways:
+        reference = resolve_data(ws, f"mine as {to}", verb=method, **kinds)
+        made, expected = ws.store.get_rows(reference.content_hash), LEFT_OUT[kind, to]
+        assert (reference.row_kind, reference.converted) == (to, expected)
+        assert reference.n == len(made) == int(expected.split()[0])
+
+
+def test_a_conversion_that_leaves_nothing_or_does_not_exist_is_refused(ws):
+    ws.add_data([SOME["rankings"][1]], name="tied", kind="rankings")
+    with pytest.raises(DataError, match=r'dpo: no pairs can be made of the 1 rankings of "tied": equal ranks \(1\)'):
+        resolve_data(ws, "tied", verb="dpo", rows="pairs")
+    with pytest.raises(DataError, match=r'data "toy-pairs as thumbs": sft trains on demonstrations \(prompt, comp'):
+        resolve_data(ws, "toy-pairs as thumbs", verb="sft", rows="demonstrations")
+    with pytest.raises(NotFoundError, match='"toy-pair" does not exist; did you mean "toy-pairs"'):
+        resolve_data(ws, "toy-pair as demonstrations", verb="sft", rows="demonstrations")
 
 
 def test_rewards_are_named_as_a_list_as_a_dict_and_as_text(ws):
@@ -86,3 +164,23 @@ def test_a_reward_is_written_with_its_options(ws):
         with pytest.raises((SpecError, NotFoundError), match=re.escape(says)) as caught:
             read(bad)
         assert "\n" not in str(caught.value)
+
+
+def test_an_ensembles_members_become_one_reward_as_its_options_say(ws):
+    for run_id, members in (("reward-1", 3), ("reward-2", 1)):
+        config = RewardModel(members=members).model_dump(mode="json")
+        ws._remember(RunSpec(run_id=run_id, workspace_id="w", method="reward", config=config, created=0.0))
+    model = RunModel(run_id="reward-1")
+    assert resolve_reward(ws, "reward-1", verb="ppo") == ModelReward(model=model)
+    worst = resolve_reward(ws, 'reward-1(over="min"), toy-true=0.5', verb="ppo").parts[0].reward
+    assert worst == ModelReward(model=model, over="min")
+    careful = 'reward-1(over="mean_minus_std", std_coef=2)'
+    assert resolve_reward(ws, careful, verb="ppo") == ModelReward(model=model, over="mean_minus_std", std_coef=2)
+    for bad, says in (
+        ('reward-1(over="worst")', "reward reward-1: over='worst': should be 'mean', 'min' or 'mean_minus_std'"),
+        ('reward-1(overr="min")', 'no option overr; did you mean "over"?'),
+        ('reward-1(over="mean_minus_std", std_coef=-1)', "std_coef=-1: should be greater than or equal to 0"),
+        ('reward-2(over="min")', "it is one model; leave them out, or train with --set members=5"),
+    ):
+        with pytest.raises(SpecError, match=re.escape(says)):
+            resolve_reward(ws, bad, verb="ppo")
