@@ -4,7 +4,8 @@ Paper    Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7.
 Rows     prompt, chosen, rejected.
 Models   policy (trained). No reference: the likelihood of the chosen answers is what holds it.
 Live     beta, the paper's λ: weight of the odds ratio beside the likelihood. It is no tether; higher prefers harder.
-Agrees   with trl.experimental.orpo.ORPOTrainer, bit for bit; tests/training/test_identical.py.
+Agrees   with trl.experimental.orpo.ORPOTrainer, bit for bit; tests/training/test_identical.py. As there, the likelihood
+         is of the prompt's tokens too; the paper's eq. 6 takes the answer's alone.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ _ENTRIES = (
     Entry("logprob_mean/chosen", "log-probability a token, chosen", "nats/token", "log π(y_w|x) / |y_w|", "mean over the batch", "watch"),
     Entry("logprob_mean/rejected", "log-probability a token, rejected", "nats/token", "log π(y_l|x) / |y_l|", "mean over the batch", "watch"),
     Entry("logprob_mean/margin", "log-probability margin a token", "nats/token", "chosen − rejected", "mean over the batch; the same under any β", "up"),
-    Entry("loss/nll", "likelihood loss", "nats/token", "−log π(y_w|x) / |y_w|", "mean over chosen tokens of the batch", "down"),
+    Entry("loss/nll", "likelihood loss", "nats/token", "−log π(y_w|x) / |y_w|", "mean over chosen tokens of the batch; ORPO counts the prompt's too", "down"),
     Entry("loss/log_odds_ratio", "log σ of the odds ratio", "nats", "log σ(log odds ratio)", "mean over the batch", "up"),
     Entry("odds/log_ratio", "log odds ratio", "nats", "log(odds π(y_w|x) / odds π(y_l|x))", "mean over the batch", "up"),
     Entry("logit/chosen", "logit, chosen", "logit", "mean logit over the vocabulary", "mean over chosen completion tokens", "watch"),
