@@ -78,6 +78,7 @@ _ENTRIES = (
     Entry("score/max", "highest score", "score", "max r(x, y)", "exact over the batch", "watch"),
     Entry("pairs/accuracy", "pair accuracy", "", "P[r(y_w) > r(y_l)]", "mean over the batch it then trains on", "up"),
     Entry("pairs/margin", "score margin", "score", "r(y_w) − r(y_l)", "mean over the batch", "up"),
+    Entry("pairs/tied", "tied pairs", "", "P[r(y₁) = r(y₂)]", "mean over the step's pairs; the first of a tied two counts as chosen", "down"),
     # Direct preference methods
     Entry("implicit_reward/chosen", "implicit reward, chosen", "nats×β", "β (log π(y_w|x) − log π_ref(y_w|x))", "mean over the batch; rescales with β", "watch"),
     Entry("implicit_reward/rejected", "implicit reward, rejected", "nats×β", "β (log π(y_l|x) − log π_ref(y_l|x))", "mean over the batch; rescales with β", "watch"),
