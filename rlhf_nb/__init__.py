@@ -26,6 +26,7 @@ _HOMES = {
     "KTO": "rlhf_nb.methods.kto",
     "ORPO": "rlhf_nb.methods.orpo",
     "SimPO": "rlhf_nb.methods.simpo",
+    "OnlineDPO": "rlhf_nb.methods.online_dpo",
     "PPO": "rlhf_nb.methods.ppo",
     "GRPO": "rlhf_nb.methods.grpo",
     "DrGRPO": "rlhf_nb.methods.grpo",

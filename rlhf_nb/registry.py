@@ -53,6 +53,7 @@ methods = Registry(
         "kto": "rlhf_nb.methods.kto:KTO",
         "orpo": "rlhf_nb.methods.orpo:ORPO",
         "simpo": "rlhf_nb.methods.simpo:SimPO",
+        "online-dpo": "rlhf_nb.methods.online_dpo:OnlineDPO",
         "ppo": "rlhf_nb.methods.ppo:PPO",
         "grpo": "rlhf_nb.methods.grpo:GRPO",
         "dr-grpo": "rlhf_nb.methods.grpo:DrGRPO",

@@ -42,13 +42,46 @@ def dpo_loss(
     Raises:
         ShapeError: The shapes differ.
     """
-    shapes = {tuple(t.shape) for t in (policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)}
-    if len(shapes) != 1:
-        raise ShapeError(f"log-probabilities of chosen and rejected differ in shape: {sorted(shapes)}")
+    _same_shape(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
     margin_B = implicit_rewards(policy_chosen_B, reference_chosen_B, beta=beta) - implicit_rewards(
         policy_rejected_B, reference_rejected_B, beta=beta
     )
     return -(1 - label_smoothing) * functional.logsigmoid(margin_B) - label_smoothing * functional.logsigmoid(-margin_B)
+
+
+def ipo_loss(
+    policy_chosen_B: Tensor,
+    policy_rejected_B: Tensor,
+    reference_chosen_B: Tensor,
+    reference_rejected_B: Tensor,
+    *,
+    beta: float,
+) -> Tensor:
+    """(h − 1/(2β))² for each pair, h the difference of the two sides' log-ratios to the reference.
+
+    Identity preference optimization, Azar et al. 2023, arXiv:2310.12036, eq. 17, whose τ is β here: each pair asks for
+    a margin of 1/(2β) nats and for no more. Of summed log-probabilities it is the paper's; of averages over tokens it
+    is TRL's `loss_type="ipo"`.
+
+    Args:
+        policy_chosen_B: (B,) log-probability of the chosen completion, nats. Likewise the others.
+        beta: Strength of the tether, > 0. Larger asks for a smaller margin.
+
+    Returns:
+        (B,) ≥ 0, nats². 1/(4β²) where the policy equals the reference.
+
+    Raises:
+        ShapeError: The shapes differ.
+    """
+    _same_shape(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
+    margin_B = (policy_chosen_B - reference_chosen_B) - (policy_rejected_B - reference_rejected_B)
+    return (margin_B - 1 / (2 * beta)).square()
+
+
+def _same_shape(*tensors: Tensor) -> None:
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) != 1:
+        raise ShapeError(f"log-probabilities of chosen and rejected differ in shape: {sorted(shapes)}")
 
 
 def kto_loss(

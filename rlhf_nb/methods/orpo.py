@@ -4,12 +4,13 @@ Paper    Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7.
 Rows     prompt, chosen, rejected.
 Models   policy (trained). No reference: the likelihood of the chosen answers is what holds it.
 Live     beta, the paper's λ: weight of the odds ratio beside the likelihood. It is no tether; higher prefers harder.
-Agrees   with trl.experimental.orpo.ORPOTrainer, bit for bit; tests/training/test_identical.py.
+Agrees   with trl.experimental.orpo.ORPOTrainer, bit for bit; tests/training/test_identical.py. As there, the likelihood
+         is of the prompt's tokens too; the paper's eq. 6 takes the answer's alone.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -86,5 +87,16 @@ class ORPO(GradientMethod):
         data.say_what_fits(context, trainer.train_dataset, SIDES, max_length, already_cut=True)
         beta = BoundCoefficient(LAMBDA, lambda: float(trainer.beta), lambda value: setattr(trainer, "beta", value))
         return SteeredTrainer(
-            trainer, context, names=NAMES, live=[beta], sampler=lambda built: Sampler.of(context, built, policy)
+            trainer,
+            context,
+            names=NAMES,
+            live=[beta],
+            derive=lambda values: mean_margin(values, trainer.beta),
+            sampler=lambda built: Sampler.of(context, built, policy),
         )
+
+
+def mean_margin(values: dict[str, Any], beta: float) -> dict[str, float]:
+    """The margin in nats a token: implicit rewards rescale with beta."""
+    margin = values.get("implicit_reward/margin")
+    return {} if margin is None else {"logprob_mean/margin": margin / beta}

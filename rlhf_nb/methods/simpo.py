@@ -4,19 +4,19 @@ Paper    Meng et al. 2024, arXiv:2405.14734, eq. 6.
 Rows     prompt, chosen, rejected.
 Models   policy (trained). No reference: a small learning rate is all that holds it.
 Live     beta (scale of the margin), gamma (margin that is asked for, in units of the implicit reward), label_smoothing,
-         learning_rate. None of them is a tether.
-Agrees   with trl.experimental.cpo.CPOTrainer, loss_type="simpo", cpo_alpha=0, bit for bit;
+         cpo_alpha (likelihood of the chosen beside), learning_rate. None of them is a tether.
+Agrees   with trl.experimental.cpo.CPOTrainer, loss_type="simpo", bit for bit;
          tests/training/test_identical.py.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from rlhf_nb.methods.base import LEARNING_RATE, GradientMethod, LiveCoefficient, Trainer
-from rlhf_nb.methods.orpo import NAMES, SIDES
+from rlhf_nb.methods.orpo import NAMES, SIDES, mean_margin
 
 if TYPE_CHECKING:
     from rlhf_nb.training.context import Context
@@ -45,6 +45,14 @@ SMOOTHING = LiveCoefficient(
     meaning="Share of labels taken to be flipped.",
     writes="trainer.label_smoothing",
 )
+ALPHA = LiveCoefficient(
+    "cpo_alpha",
+    low=0.0,
+    high=10.0,
+    meaning="Weight of the chosen answers' negative log-likelihood a token, which keeps them likely. 0: plain SimPO.",
+    # TRL reads it twice a step: whether the likelihood is computed at all, and its weight.
+    writes="trainer.cpo_alpha",
+)
 
 
 class SimPO(GradientMethod):
@@ -55,7 +63,7 @@ class SimPO(GradientMethod):
     paper: ClassVar[str] = "arXiv:2405.14734"
     rows: ClassVar[str] = "pairs"
     models: ClassVar[str] = "policy"
-    live: ClassVar[tuple[LiveCoefficient, ...]] = (BETA, GAMMA, LEARNING_RATE, SMOOTHING)
+    live: ClassVar[tuple[LiveCoefficient, ...]] = (BETA, GAMMA, LEARNING_RATE, SMOOTHING, ALPHA)
 
     beta: float = Field(2.0, gt=0)
     """Scale of the mean log-probability, tokens a nat. 2.0 to 2.5 in the paper."""
@@ -63,6 +71,9 @@ class SimPO(GradientMethod):
     """Target margin of the implicit rewards; the paper sets gamma/beta between 0.3 and 0.5."""
     label_smoothing: float = Field(0.0, ge=0, le=0.5)
     """Share of labels taken to be flipped."""
+    cpo_alpha: float = Field(0.0, ge=0)
+    """Weight of the chosen answers' negative log-likelihood a token: CPO-SimPO, after arXiv:2401.08417. 0: SimPO alone,
+    whose chosen answers may grow less likely as long as the rejected ones do so faster."""
     learning_rate: float = Field(1e-6, ge=0)
     """Peak of the schedule. 3e-7 to 1e-6 in the paper: without a reference, more undoes the model. The toy model takes
     1e-4."""
@@ -92,7 +103,7 @@ class SimPO(GradientMethod):
                 **training_arguments(context),
                 max_length=max_length,
                 loss_type="simpo",
-                cpo_alpha=0.0,
+                cpo_alpha=self.cpo_alpha,
                 beta=self.beta,
                 simpo_gamma=self.gamma,
                 label_smoothing=self.label_smoothing,
@@ -111,16 +122,11 @@ class SimPO(GradientMethod):
 
             return BoundCoefficient(live, lambda: float(getattr(trainer, attribute)), write)
 
-        def derive(values: dict[str, Any]) -> dict[str, float]:
-            """The margin in nats a token: implicit rewards rescale with beta."""
-            margin = values.get("implicit_reward/margin")
-            return {} if margin is None else {"logprob_mean/margin": margin / trainer.beta}
-
         return SteeredTrainer(
             trainer,
             context,
             names=NAMES,
-            live=[bound(live) for live in (BETA, GAMMA, SMOOTHING)],
-            derive=derive,
+            live=[bound(live) for live in (BETA, GAMMA, SMOOTHING, ALPHA)],
+            derive=lambda values: mean_margin(values, trainer.beta),
             sampler=lambda built: Sampler.of(context, built, policy),
         )

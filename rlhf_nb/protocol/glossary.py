@@ -81,6 +81,7 @@ _ENTRIES = (
     Entry("pairs/margin", "score margin", "score", "r(y_w) − r(y_l)", "mean over the strict comparisons of the batch", "up"),
     Entry("length/correlation", "score and length", "", "ρ(r, ℓ), both less their prompt's mean", "Pearson, over the completions of a micro-batch", "watch"),
     Entry("length/term", "length explains", "nats/sd", "γ in logit = r(y_w) − r(y_l) + γ·(ℓ_w − ℓ_l)", "stochastic Newton over the last 20 steps", "watch"),
+    Entry("pairs/tied", "tied pairs", "", "P[r(y₁) = r(y₂)]", "mean over the step's pairs; the first of a tied two counts as chosen", "down"),
     # Direct preference methods
     Entry("implicit_reward/chosen", "implicit reward, chosen", "nats×β", "β (log π(y_w|x) − log π_ref(y_w|x))", "mean over the batch; rescales with β", "watch"),
     Entry("implicit_reward/rejected", "implicit reward, rejected", "nats×β", "β (log π(y_l|x) − log π_ref(y_l|x))", "mean over the batch; rescales with β", "watch"),
@@ -95,7 +96,7 @@ _ENTRIES = (
     Entry("logprob_mean/chosen", "log-probability a token, chosen", "nats/token", "log π(y_w|x) / |y_w|", "mean over the batch", "watch"),
     Entry("logprob_mean/rejected", "log-probability a token, rejected", "nats/token", "log π(y_l|x) / |y_l|", "mean over the batch", "watch"),
     Entry("logprob_mean/margin", "log-probability margin a token", "nats/token", "chosen − rejected", "mean over the batch; the same under any β", "up"),
-    Entry("loss/nll", "likelihood loss", "nats/token", "−log π(y_w|x) / |y_w|", "mean over chosen tokens of the batch", "down"),
+    Entry("loss/nll", "likelihood loss", "nats/token", "−log π(y_w|x) / |y_w|", "mean over chosen tokens of the batch; ORPO counts the prompt's too", "down"),
     Entry("loss/log_odds_ratio", "log σ of the odds ratio", "nats", "log σ(log odds ratio)", "mean over the batch", "up"),
     Entry("odds/log_ratio", "log odds ratio", "nats", "log(odds π(y_w|x) / odds π(y_l|x))", "mean over the batch", "up"),
     Entry("logit/chosen", "logit, chosen", "logit", "mean logit over the vocabulary", "mean over chosen completion tokens", "watch"),

@@ -33,7 +33,8 @@ NAMES = {
     "mean_token_accuracy": "policy/token_accuracy",
     "aux_loss": "loss/router",
 }
-"""The Trainer's names → ours. A method adds its own; a name in neither travels as it is."""
+"""The Trainer's names → ours. A method adds its own; a name in neither travels as it is, an empty one
+leaves the number out."""
 
 
 class Steering(TrainerCallback):
@@ -72,7 +73,9 @@ class Steering(TrainerCallback):
         now = time.perf_counter()
         with self._hook():
             values = {
-                self.names.get(name, name): value for name, value in logs.items() if isinstance(value, int | float)
+                name: value
+                for theirs, value in logs.items()
+                if isinstance(value, int | float) and (name := self.names.get(theirs, theirs))
             }
             if "num_tokens" in values:
                 total = values.pop("num_tokens")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from statistics import fmean
@@ -44,8 +44,8 @@ class Sampler:
         max_new_tokens: int,
         max_length: int,
         reference: Callable[[], AbstractContextManager[Any]] | None = None,
-        score: Callable[..., list[float]] | None = None,
-        gold: Callable[..., list[float]] | None = None,
+        score: Callable[..., Sequence[float | None]] | None = None,
+        gold: Callable[..., Sequence[float | None]] | None = None,
     ) -> None:
         """
         Args:
@@ -59,10 +59,23 @@ class Sampler:
         """What the reference said; it does not change, so each prompt is asked once."""
 
     @classmethod
-    def of(cls, context: Context, trainer: Any, base: str) -> Sampler:
-        """For a causal model in one of transformers' trainers, trained from the directory `base`."""
+    def of(
+        cls,
+        context: Context,
+        trainer: Any,
+        base: str,
+        *,
+        score: Callable[..., Sequence[float | None]] | None = None,
+        gold: Callable[..., Sequence[float | None]] | None = None,
+    ) -> Sampler:
+        """For a causal model in one of transformers' trainers, trained from the directory `base`.
+
+        Args:
+            score, gold: In place of the spec's reward and gold, of a trainer that has loaded them already.
+        """
         method = context.method
         assert isinstance(method, GradientMethod)
+        device = trainer.accelerator.device
         rows = context.held_out or context.rows
         prompts = [prompt for _, prompt in zip(range(PROMPTS), iter_prompts(rows), strict=False)]
         return cls(
@@ -72,8 +85,8 @@ class Sampler:
             max_new_tokens=method.sample_tokens,
             max_length=models.context_length(base) or method.max_length,
             reference=_reference(trainer, base),
-            score=scorer(context, "reward", device=trainer.accelerator.device) if context.is_main else None,
-            gold=scorer(context, "gold", device=trainer.accelerator.device) if context.is_main else None,
+            score=score or (scorer(context, "reward", device=device) if context.is_main else None),
+            gold=gold or (scorer(context, "gold", device=device) if context.is_main and score is None else None),
         )
 
     def items(self, prompts: list[Prompt], seed: int) -> list[SampleItem]:
@@ -153,7 +166,7 @@ class Sampler:
 
     def _scores(
         self,
-        f: Callable[..., list[float]] | None,
+        f: Callable[..., Sequence[float | None]] | None,
         prompts: list[Prompt],
         now: list[Completion],
         before: list[Completion | None],

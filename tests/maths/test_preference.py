@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_nb.errors import ShapeError
-from rlhf_nb.maths.preference import bradley_terry_loss, dpo_loss, preference_probability, sequence_logprobs
+from rlhf_nb.maths.preference import bradley_terry_loss, dpo_loss, ipo_loss, preference_probability, sequence_logprobs
 
 
 def test_at_the_reference_loss_is_log_two(draw):
@@ -37,6 +37,24 @@ def test_swapping_chosen_and_rejected_swaps_the_probability(draw):
         torch.exp(-dpo_loss(a, b, c, d, beta=0.7)) + torch.exp(-dpo_loss(b, a, d, c, beta=0.7)),
         torch.ones(4, dtype=torch.float64),
     )
+
+
+def test_ipo_worked_example():
+    # h = (−10 − −11) − (−12 − −11) = 2, asked for 1/(2·0.5) = 1  →  (2 − 1)² = 1
+    values = [torch.tensor([v], dtype=torch.float64) for v in (-10.0, -12.0, -11.0, -11.0)]
+    assert ipo_loss(*values, beta=0.5).item() == 1.0
+    # At the margin it asks for nothing is left, and its gradient is zero there.
+    assert ipo_loss(*values, beta=0.25).item() == 0.0
+
+
+def test_ipo_at_the_reference_asks_for_its_margin(draw):
+    chosen, rejected = draw(4).requires_grad_(), draw(4).requires_grad_()
+    loss = ipo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta=0.2)
+    torch.testing.assert_close(loss, torch.full((4,), 6.25, dtype=torch.float64))
+    loss.sum().backward()
+    # d/dh (h − 1/2β)² at h = 0 is −1/β.
+    torch.testing.assert_close(chosen.grad, torch.full((4,), -5.0, dtype=torch.float64))
+    torch.testing.assert_close(rejected.grad, torch.full((4,), 5.0, dtype=torch.float64))
 
 
 def test_bradley_terry_is_minus_log_preference_probability(draw):

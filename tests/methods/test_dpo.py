@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.errors import SpecError
 from rlhf_nb.maths.preference import dpo_loss
-from rlhf_nb.methods.dpo import DPO, SMOOTHED
+from rlhf_nb.methods.dpo import DPO, LOSSES, SMOOTHED, TRL_LOSSES
 from rlhf_nb.protocol.control import SetCoefficient
 from rlhf_nb.protocol.spec import LoRA, RunModel, RunSpec
 from rlhf_nb.toy import demonstrations, pairs
@@ -137,6 +139,7 @@ class Pair(NamedTuple):
     rejected: float
     chosen_tokens: int
     rejected_tokens: int
+    chosen_logprob: float = 0.0
 
 
 B, SHARE = 0.3, 0.2
@@ -157,28 +160,62 @@ FORMULAS = {
     "apo_zero": lambda p: 1 - sigmoid(B * p.chosen) + sigmoid(B * p.rejected),
     "apo_down": lambda p: sigmoid(B * p.chosen) + 1 - sigmoid(B * (p.chosen - p.rejected)),
     "discopop": lambda p: discopop(B * (p.chosen - p.rejected)),
+    "sft": lambda p: -p.chosen_logprob / p.chosen_tokens,
+    "ipo_sum": lambda p: (p.chosen - p.rejected - 1 / (2 * B)) ** 2,
 }
 
 
 def test_every_loss_has_its_formula_here():
-    assert set(FORMULAS) == set(DPO.model_fields["loss_type"].annotation.__args__)
+    assert set(FORMULAS) == set(LOSSES)
+
+
+def test_no_loss_that_trl_has_is_missing():
+    from trl import DPOTrainer
+
+    theirs = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss)))
+    assert theirs == set(TRL_LOSSES)
+
+
+def seen(job, place, trace) -> dict[int, tuple[Pair, float]]:
+    """Of each step of a run over one pair: what the formulas read, and the loss."""
+    (row,) = pairs(1)
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    start = len(prompt_ids(row["prompt"], tokenizer))
+    lengths = [len(conversation_ids(row["prompt"], row[side], tokenizer)) - start for side in ("chosen", "rejected")]
+    names = ("log_ratio/chosen", "log_ratio/rejected", "logprob/chosen", "loss")
+    chosen, rejected, logprob, loss = (trace(place, name) for name in names)
+    return {step: (Pair(chosen[step], rejected[step], *lengths, logprob[step]), loss[step]) for step in loss}
 
 
 @pytest.mark.parametrize("loss_type", FORMULAS)
 def test_the_loss_is_its_paper_s(job, trace, loss_type):
     knobs = {"label_smoothing": SHARE} if loss_type in SMOOTHED else {}
-    rows = pairs(1)
-    place = job("dpo", rows, config={**CONFIG, "batch_size": 1, "beta": B, "loss_type": loss_type, **knobs})
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
-    start = len(prompt_ids(rows[0]["prompt"], tokenizer))
-    m, n = (
-        len(conversation_ids(rows[0]["prompt"], rows[0][side], tokenizer)) - start for side in ("chosen", "rejected")
-    )
-    chosen, rejected, loss = (trace(place, name) for name in ("log_ratio/chosen", "log_ratio/rejected", "loss"))
-    for step in (1, 2, 3):
-        expected = FORMULAS[loss_type](Pair(chosen[step], rejected[step], m, n))
-        assert loss[step] == pytest.approx(expected, rel=2e-4, abs=1e-5), f"step {step}"
-    assert chosen[3] != 0.0
+    place = job("dpo", pairs(1), config={**CONFIG, "batch_size": 1, "beta": B, "loss_type": loss_type, **knobs})
+    steps = seen(job, place, trace)
+    for step, (pair, loss) in steps.items():
+        assert loss == pytest.approx(FORMULAS[loss_type](pair), rel=2e-4, abs=1e-5), f"step {step}"
+    assert len(steps) == 3 and steps[3][0].chosen != 0.0
+
+
+@pytest.mark.parametrize("adapter", [None, LoRA(r=4)])
+def test_losses_are_added_with_their_weights(job, trace, adapter):
+    losses, weights = ["sigmoid", "ipo_sum", "sft"], [0.8, 0.5, 0.2]
+    knobs = {"loss_type": losses, "loss_weights": weights, "beta": B, "batch_size": 1}
+    place = job("dpo", pairs(1), config={**CONFIG, **knobs}, adapter=adapter)
+    steps = seen(job, place, trace)
+    for pair, loss in steps.values():
+        expected = sum(w * FORMULAS[name](pair) for name, w in zip(losses, weights, strict=True))
+        assert loss == pytest.approx(expected, rel=2e-4)
+    assert steps[3][0].chosen != 0.0
+
+
+def test_the_paper_s_ipo_pulls_a_pair_to_its_margin_and_no_further(job, trace):
+    """1/(2β) nats, where eq. 17 is zero; the sigmoid loss of the same pair goes on."""
+    config = {**CONFIG, "batch_size": 1, "beta": 0.25, "max_steps": 60, "learning_rate": 1e-3}
+    ipo = trace(job("dpo", pairs(1), name="ipo", config={**config, "loss_type": "ipo_sum"}), "log_ratio/margin")
+    assert ipo[60] == pytest.approx(2.0, abs=0.1)
+    sigmoid = trace(job("dpo", pairs(1), name="sigmoid", config=config), "log_ratio/margin")
+    assert sigmoid[60] > 3 * ipo[60]
 
 
 def test_label_smoothing_is_live_where_the_loss_reads_it_and_says_why_where_not(job, trace):
@@ -202,9 +239,28 @@ def test_label_smoothing_is_live_where_the_loss_reads_it_and_says_why_where_not(
     [
         ({"label_smoothing": 0.1}, "label_smoothing=0.1 is not read by loss_type=sigmoid"),
         ({"loss_type": "exo_pair"}, "exo_pair takes the logarithm of label_smoothing"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, r"loss_weights=\[1.0\] for 2 losses"),
     ],
 )
-def test_smoothing_that_cannot_act_is_refused(knobs, says):
+def test_knobs_that_cannot_act_are_refused(knobs, says):
     spec = RunSpec(run_id="x", workspace_id="x", method="dpo", config={}, created=0.0)
     with pytest.raises(SpecError, match=says):
         DPO(**knobs).check(spec)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"loss_type": "sigmod"}, r"dpo: loss_type='sigmod': sigmod is no loss.*sigmoid"),
+        ({"loss_type": ["sft", "sft"]}, "name each loss once"),
+        ({"loss_type": ["sft", "ipo"], "loss_weights": [1, -1]}, "loss_weights.1=-1"),
+    ],
+)
+def test_a_loss_that_does_not_exist_is_one_line(knobs, says):
+    with pytest.raises(SpecError, match=says):
+        DPO.create(**knobs)
+
+
+def test_several_losses_survive_the_spec_s_json():
+    method = DPO(loss_type=("sigmoid", "sft"), loss_weights=(1.0, 0.1))
+    assert DPO.create(**method.model_dump(mode="json")) == method

@@ -1,4 +1,7 @@
-"""The preference methods without pairs or without a reference: as they run, as they are steered, as they resume."""
+"""The preference methods without pairs or without a reference: as they run, as they are steered, as they resume.
+
+The learning rate's test takes DPO along.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlhf_nb.data.conversions import pairs_to_thumbs
 from rlhf_nb.errors import SpecError
 from rlhf_nb.maths.preference import kto_loss, orpo_loss, simpo_loss
 from rlhf_nb.methods.kto import KTO
@@ -17,6 +21,7 @@ from rlhf_nb.methods.simpo import SimPO
 from rlhf_nb.protocol.control import SetCoefficient
 from rlhf_nb.protocol.glossary import GLOSSARY
 from rlhf_nb.protocol.spec import FunctionReward, Launch, LoRA, RunSpec
+from rlhf_nb.registry import methods
 from rlhf_nb.toy import pairs, thumbs
 from rlhf_nb.training import checkpoints
 
@@ -39,6 +44,10 @@ def job(job, tiny_model_maker):
 def mixed(n: int, seed: int = 0) -> list[dict]:
     """Thumbs of which, after KTO's fixed shuffle, every batch of two holds one up and one down."""
     ups, downs = ([row for row in thumbs(40 * n) if row["label"] is label][:n] for label in (True, False))
+    return alternating(ups, downs, seed)
+
+
+def alternating(ups: list[dict], downs: list[dict], seed: int = 0) -> list[dict]:
     wanted = [row for pair in zip(ups, downs, strict=True) for row in pair]
     rows: list[dict] = [{}] * len(wanted)
     for place, index in enumerate(np.random.default_rng([seed, len(wanted)]).permutation(len(wanted))):
@@ -68,13 +77,15 @@ def predicted(method: str, seen: dict[str, float], *, batch: int = 1, **live: fl
         term = orpo_loss(t(seen["logprob_mean/chosen"]), t(seen["logprob_mean/rejected"]), beta=live["beta"])
         return seen["loss/nll"] + term.item()
     margin = t(seen["logprob_mean/margin"])
-    return simpo_loss(margin, t(0.0), **live).item()
+    # One chosen completion a step: the likelihood a token is its mean log-probability.
+    likelihood = -seen["logprob_mean/chosen"] * live.pop("cpo_alpha")
+    return simpo_loss(margin, t(0.0), **live).item() + likelihood
 
 
 START = {
     "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
     "orpo": {"beta": 0.1},
-    "simpo": {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0},
+    "simpo": {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0, "cpo_alpha": 0.0},
 }
 BATCH = {"kto": 2, "orpo": 1, "simpo": 1}
 
@@ -105,6 +116,7 @@ def sends(path, control) -> FunctionReward:
 MOVES = [
     ("kto", "beta", 0.5), ("kto", "desirable_weight", 3.0), ("kto", "undesirable_weight", 0.2), ("orpo", "beta", 1.0),
     ("simpo", "beta", 5.0), ("simpo", "gamma", 0.1), ("simpo", "label_smoothing", 0.3),
+    ("simpo", "cpo_alpha", 0.5),
 ]  # fmt: skip
 
 
@@ -124,6 +136,65 @@ def test_a_moved_coefficient_is_in_the_loss_of_the_step_that_the_event_names_and
     live = {**START[method], name: new}
     assert moved[3]["loss"] == pytest.approx(predicted(method, still[3], **live), rel=2e-4, abs=2e-5)
     assert abs(moved[3]["loss"] - still[3]["loss"]) > 1e-3
+
+
+def test_every_live_coefficient_of_the_loss_is_moved_here():
+    moved = {(method, name) for method, name, _ in MOVES}
+    assert moved == {
+        (method, live.name) for method in ROWS for live in methods.get(method).live if live.name != "learning_rate"
+    }
+
+
+@pytest.mark.parametrize("method", ["dpo", *ROWS])
+def test_a_moved_learning_rate_scales_the_step_that_the_event_names_and_none_before(job, method):
+    """Plain gradient descent: from the same weights and batch, the step is the rate times one and the same gradient."""
+    rows = pairs(12) if method == "dpo" else ROWS[method]
+    config = {
+        **CONFIG, "max_steps": 3, "checkpoint_every": 1, "sample_every": 2, "optimizer": "sgd", "max_grad_norm": 0,
+        "lr_scheduler": "constant", "learning_rate": 0.01,
+    }  # fmt: skip
+    still = job(method, rows, name="still", config=config)
+    path = job.root / "moved" / "control.jsonl"
+    control = SetCoefficient(name="learning_rate", value=0.05)
+    place = job(method, rows, name="moved", config=config, gold=sends(path, control))
+    (change,) = [e for e in place.events() if e.kind == "coefficient_changed"]
+    assert (change.name, change.old, change.new, change.effective_step) == ("learning_rate", 0.01, 0.05, 3)
+
+    def weights(run, step):
+        return load_file(checkpoints.directory(run.path, step) / "model.safetensors")
+
+    before = weights(still, 2)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(place, 2).items())
+    slow, fast = weights(still, 3), weights(place, 3)
+    furthest = 0.0
+    for name, start in before.items():
+        expected = start + 5 * (slow[name] - start)
+        # A step is a difference of two float32 weights of order 1: five roundings of it are 5 · 1e-7.
+        torch.testing.assert_close(fast[name], expected, rtol=1e-5, atol=2e-6)
+        furthest = max(furthest, (fast[name] - start).abs().max().item())
+    assert furthest > 1e-4
+
+
+def test_kto_trains_on_pairs_as_a_thumb_up_and_a_thumb_down_each(job):
+    converted, dropped = pairs_to_thumbs(pairs(6))
+    ups, downs = ([row for row in converted if row["label"] is label] for label in (True, False))
+    assert len(ups) == len(downs) == 6 and not dropped
+    place = job("kto", alternating(ups, downs), config={**CONFIG, "batch_size": 2})
+    steps = values(place)
+    assert len(steps) == 6
+    for row in steps.values():
+        assert row["loss"] == pytest.approx(predicted("kto", row, **START["kto"]), rel=2e-4, abs=2e-5)
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_the_margin_is_told_in_nats_whatever_beta_is(job, method):
+    name = "log_ratio/margin" if method == "kto" else "logprob_mean/margin"
+    config = {**CONFIG, "batch_size": BATCH[method], "max_steps": 2}
+    for beta in (0.5, 2.0):
+        row = values(job(method, ROWS[method], name=f"at-{beta}", config={**config, "beta": beta}))[2]
+        assert row["implicit_reward/margin"] == pytest.approx(beta * row[name], rel=1e-5) and row[name] != 0.0
+        chosen, rejected = (row[f"{name.partition('/')[0]}/{side}"] for side in ("chosen", "rejected"))
+        assert row[name] == pytest.approx(chosen - rejected, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ROWS)

@@ -7,7 +7,13 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+
+def vowels(completions, **columns):
+    return [float(sum(c in "aeiou" for c in said[0]["content"])) for said in completions]
+
 
 settings = json.loads(sys.argv[1])
 TRAINERS = {
@@ -17,6 +23,7 @@ TRAINERS = {
     "kto": (KTOTrainer, KTOConfig, {}),
     "orpo": (ORPOTrainer, ORPOConfig, {}),
     "simpo": (CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0}),
+    "online-dpo": (OnlineDPOTrainer, OnlineDPOConfig, {"max_new_tokens": 8}),
 }
 logs = {}
 for name, rows in settings["rows"].items():
@@ -45,6 +52,7 @@ for name, rows in settings["rows"].items():
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(settings["model"]),
+        **({"reward_funcs": vowels} if name == "online-dpo" else {}),
     )
     trainer.train()
     logs[name] = [log for log in trainer.state.log_history if "loss" in log]

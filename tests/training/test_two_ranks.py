@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.protocol.control import Sample, SaveCheckpoint, SetCoefficient
-from rlhf_nb.protocol.spec import Launch
+from rlhf_nb.protocol.spec import FunctionReward, Launch
 from rlhf_nb.toy import demonstrations
 from rlhf_nb.training import checkpoints
 
@@ -82,3 +82,28 @@ def test_another_world_than_was_asked_for_fails_at_the_start(job):
         job.run(place)
     assert [e.kind for e in place.events()] == ["started"]
     assert place.events()[0].world_size == 1
+
+
+@pytest.mark.slow
+def test_online_dpo_on_two_ranks_counts_both_and_resumes(job, trace, tiny_model_maker):
+    """Six prompts a step, three a rank: only the mean over both is 2.5."""
+    job.model = tiny_model_maker("still", dropout=0.0)
+    rows = [{"prompt": f"Number {i}?", "wanted": float(i)} for i in range(6)]
+    source = "def wanted(prompts, completions, *, wanted):\n    return [w for w in wanted]"
+    config = {**CONFIG, "batch_size": 6, "max_new_tokens": 6, "sample_every": 0}
+    place = job.prepare(
+        "online-dpo", rows, name="two", config=config, launch=Launch.parse(FLAGS),
+        reward=FunctionReward(name="wanted", source=source),
+    )  # fmt: skip
+    append_line(place.control_path, SetCoefficient(name="beta", value=0.5).model_dump())
+    done = launch(job.root, "two")
+    assert done.returncode == 0, done.stderr
+    assert list(trace(place, "reward/score").values()) == [pytest.approx(2.5)] * 4
+    (change,) = [e for e in place.events() if e.kind == "coefficient_changed"]
+    assert (change.name, change.effective_step) == ("beta", 1)
+    before = {name: trace(place, name) for name in ("loss", "logprob/chosen", "kl/policy_reference")}
+    done = launch(job.root, "two", 2, str(checkpoints.directory(place.path, 2)))
+    assert done.returncode == 0, done.stderr
+    for name, values in before.items():
+        assert trace(place, name) == pytest.approx(values, rel=1e-6, abs=1e-7)
+    assert before["kl/policy_reference"][4] != 0.0
