@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from rlhf_nb.errors import ComputeError, SpecError
 from rlhf_nb.feedback.chat import Question, Reply
-from rlhf_nb.protocol.spec import EndpointJudge
+from rlhf_nb.protocol.spec import Endpoint
 from rlhf_nb.training.rollout.vllm_engine import reason
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ TOP_LOGPROBS = 20
 LATER = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
-def checked(endpoint: EndpointJudge) -> EndpointJudge:
+def checked(endpoint: Endpoint) -> Endpoint:
     """The endpoint, if its address can be asked without giving anything away.
 
     Raises:
@@ -73,7 +73,7 @@ def _here(host: str) -> bool:
 
 
 class EndpointChat:
-    def __init__(self, endpoint: EndpointJudge, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, endpoint: Endpoint, *, sleep: Callable[[float], None] = time.sleep) -> None:
         """
         Raises:
             SpecError: The address cannot be used, or the token's variable is not set on this machine.

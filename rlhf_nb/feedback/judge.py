@@ -77,6 +77,23 @@ class Grade:
         return None if self.value is None else (self.value - 1) / (len(GRADES) - 1)
 
 
+@dataclass(frozen=True)
+class Revising:
+    """A draft that is to be criticised and revised under a principle."""
+
+    prompt: Prompt
+    completion: str
+    principle: Principle
+
+
+@dataclass(frozen=True)
+class Revision:
+    critique: str = ""
+    text: str = ""
+    failure: Failure = ""
+    detail: str = ""
+
+
 class Judge(Protocol):
     name: str
     """Which model: what an AI label is traced to."""
@@ -89,14 +106,22 @@ class Judge(Protocol):
 
     def grade(self, asked: Sequence[Grading]) -> Iterator[tuple[int, Grade]]: ...
 
+    def revise(self, asked: Sequence[Revising]) -> Iterator[tuple[int, Revision]]:
+        """What is wrong with each draft under its principle, and the draft without it (arXiv:2212.08073 §3.1)."""
+        ...
+
     def close(self) -> None: ...
 
 
 class ChatJudge:
     """A chat model as a judge."""
 
-    def __init__(self, chat: Chat, style: Style = "letter") -> None:
-        self.chat, self.style = chat, style
+    def __init__(self, chat: Chat, style: Style = "letter", *, tokens: int = REASONS_TOKENS) -> None:
+        """
+        Args:
+            tokens: Longest reasoning, critique or revision.
+        """
+        self.chat, self.style, self.tokens = chat, style, tokens
         self.name = chat.name
         self.prompt_hash = hashlib.sha256(f"{templates.PROMPT_HASH} {style}".encode()).hexdigest()
 
@@ -121,10 +146,27 @@ class ChatJudge:
         for index, reply in self.chat.ask(questions):
             yield index, grade_of(reply, self.style)
 
+    def revise(self, asked: Sequence[Revising]) -> Iterator[tuple[int, Revision]]:
+        said = [templates.critique(each.prompt, each.completion, each.principle.critique) for each in asked]
+        found: dict[int, Reply] = {}
+        for index, reply in self.chat.ask([Question(messages, (), self.tokens) for messages in said]):
+            if reply.failure:
+                yield index, Revision(failure=reply.failure, detail=reply.detail)
+            else:
+                found[index] = reply
+        order = sorted(found)
+        asked_again = [
+            templates.revision(said[index], found[index].text, asked[index].principle.revision) for index in order
+        ]
+        for at, reply in self.chat.ask([Question(messages, (), self.tokens) for messages in asked_again]):
+            text = reply.text.strip()
+            failure: Failure = reply.failure or ("" if text else "unreadable")
+            yield order[at], Revision(found[order[at]].text, text, failure, reply.detail)
+
     def _question(self, messages: templates.Messages, letters: tuple[str, ...]) -> Question:
         if self.style == "letter":
             return Question(messages, letters, LETTER_TOKENS)
-        return Question(messages, (), REASONS_TOKENS)
+        return Question(messages, (), self.tokens)
 
     def close(self) -> None:
         self.chat.close()
@@ -264,6 +306,9 @@ class Journaled:
 
     def grade(self, asked: Sequence[Grading]) -> Iterator[tuple[int, Grade]]:
         return self._each(asked, self.judge.grade, Grade)
+
+    def revise(self, asked: Sequence[Revising]) -> Iterator[tuple[int, Revision]]:
+        return self._each(asked, self.judge.revise, Revision)
 
     def _each(self, asked: Sequence[Any], ask: Any, made: Any) -> Iterator[tuple[int, Any]]:
         places: dict[str, list[int]] = {}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_nb.data.rows import Prompt
 from rlhf_nb.errors import SpecError
 from rlhf_nb.feedback.chat import Question, Reply
 
@@ -57,6 +58,10 @@ class LocalChat:
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
         from rlhf_nb.training.data import prompt_ids
 
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise SpecError(
+                f"judge {self.name}: its tokenizer has no chat template; take a chat model, or judge with another"
+            )
         ids = [prompt_ids(question.messages, self.tokenizer) for question in questions]
         fitting = []
         for index, (question, row) in enumerate(zip(questions, ids, strict=True)):
@@ -98,6 +103,17 @@ class LocalChat:
             text = self.tokenizer.decode([int(logprobs_V.argmax())], skip_special_tokens=True)
             replies.append(Reply(text=text, logprobs=found))
         return replies
+
+    def complete(self, prompts: Sequence[Prompt], uniforms_BT: Any, *, temperature: float) -> list[str]:
+        """One completion of each prompt by itself, without a system's word; a longer prompt loses its beginning."""
+        from rlhf_nb.training.data import prompt_ids
+
+        room = None if self.limit == math.inf else int(self.limit) - uniforms_BT.shape[1]
+        ids = [prompt_ids(prompt, self.tokenizer) for prompt in prompts]
+        ids = [row if room is None else row[-room:] for row in ids]
+        drawn = self.sampler.sample(ids, uniforms_BT, temperature=temperature)
+        kept = (tokens_T[mask_T].tolist() for tokens_T, mask_T in zip(drawn.tokens_BT, drawn.mask_BT, strict=True))
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in kept]
 
     def _spellings(self, letter: str) -> list[int]:
         """Single tokens that say the letter, with a space before it or without."""

@@ -89,21 +89,15 @@ def _messages(role: str, tag: str, parts: Sequence[str]) -> Messages:
 
 def critique(prompt: Prompt, draft: str, request: str) -> Messages:
     """The conversation so far, and the request to criticise its last answer."""
-    return [*_conversation(prompt, draft), {"role": "user", "content": _CRITIQUE.format(request=request)}]
-
-
-def revision(prompt: Prompt, draft: str, criticised: Messages, found: str, request: str) -> Messages:
-    """The critique's conversation with what was found, and the request to revise."""
-    return [
-        *criticised,
-        {"role": "assistant", "content": found},
-        {"role": "user", "content": _REVISE.format(request=request)},
-    ]
-
-
-def _conversation(prompt: Prompt, draft: str) -> Messages:
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [*before, {"role": "assistant", "content": draft}]
+    asked = {"role": "user", "content": _CRITIQUE.format(request=request)}
+    return [*before, {"role": "assistant", "content": draft}, asked]
+
+
+def revision(criticised: Messages, found: str, request: str) -> Messages:
+    """The critique's conversation with what was found, and the request to revise."""
+    asked = {"role": "user", "content": _REVISE.format(request=request)}
+    return [*criticised, {"role": "assistant", "content": found}, asked]
 
 
 # --- what may be answered -------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class ModelJudge(Frozen):
     model: ModelRef
 
 
-class EndpointJudge(Frozen):
+class Endpoint(Frozen):
     """A chat model behind an OpenAI-compatible address; vLLM's server is one."""
 
     kind: Literal["endpoint"] = "endpoint"
@@ -137,7 +137,7 @@ class NamedJudge(Frozen):
     config: dict[str, float] = {}
 
 
-JudgeRef = Annotated[ModelJudge | EndpointJudge | NamedJudge, Field(discriminator="kind")]
+JudgeRef = Annotated[ModelJudge | Endpoint | NamedJudge, Field(discriminator="kind")]
 _JUDGE: TypeAdapter[JudgeRef] = TypeAdapter(JudgeRef)
 
 
@@ -322,6 +322,8 @@ class RunSpec(Frozen):
             parts.append(describe(self.data))
         if self.reward is not None:
             parts.append(describe(self.reward))
+        if self.judge is not None:
+            parts.append(describe(self.judge))
         return " → ".join(part for part in parts if part)
 
 
@@ -342,7 +344,7 @@ def describe(reference: Any) -> str:
             return reference.name or reference.content_hash[:8]
         case ModelReward() | ModelJudge():
             return describe(reference.model)
-        case EndpointJudge():
+        case Endpoint():
             return reference.model
         case CombinedReward():
             return " + ".join(part.name for part in reference.parts)

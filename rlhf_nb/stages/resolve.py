@@ -254,7 +254,7 @@ def _call_end(text: str, start: int) -> int:
     raise SpecError(f"reward {text!r}: options are written as in Python: NAME(option=value), texts in quotes")
 
 
-def _with_options(text: str) -> NamedReward | None:
+def _with_options(workspace: Workspace, text: str) -> NamedReward | None:
     """`regex(pattern="^yes")` as the reward with its options; None for a plain name."""
     found = re.fullmatch(r"([\w-]+)(\(.*\))", text, re.DOTALL)
     if found is None:
@@ -269,20 +269,28 @@ def _with_options(text: str) -> NamedReward | None:
         raise SpecError(
             f"reward {text}: options are written as in Python: NAME(option=value), texts in quotes"
         ) from None
-    return named(found[1], config)
+    return _named(workspace, found[1], config)
+
+
+def _named(workspace: Workspace, name: str, config: dict[str, Any]) -> NamedReward:
+    if name == "judge":
+        from rlhf_nb.stages.judge import reward_options
+
+        config = reward_options(workspace, config)
+    return named(name, config)
 
 
 def _one_reward(
     workspace: Workspace, value: Any, *, verb: str, role: str
 ) -> NamedReward | ModelReward | FunctionReward:
     if isinstance(value, NamedReward):
-        return named(value.name, value.config)
+        return _named(workspace, value.name, value.config)
     if isinstance(value, (ModelReward, FunctionReward)):
         return value
     if isinstance(value, str):
         if value in registry.rewards:
-            return named(value, {})
-        if (with_options := _with_options(value)) is not None:
+            return _named(workspace, value, {})
+        if (with_options := _with_options(workspace, value)) is not None:
             return with_options
         if value in workspace.reward_functions:
             return workspace.reward_functions[value]

@@ -6,11 +6,12 @@ completion shown first gains `position_bias` on top, so that verdicts between ne
 
     P(first is better) = sigmoid((utility(first) - utility(second) + position_bias) / noise)
 
-It draws no lots: the verdict is whichever is likelier.
+It draws no lots: the verdict is whichever is likelier. Its revisions (`reviser`) know the town and have no bias.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -18,11 +19,11 @@ from typing import Any
 
 from rlhf_nb.errors import SpecError, did_you_mean
 from rlhf_nb.feedback.constitution import Principle
-from rlhf_nb.feedback.judge import Comparison, Grade, Grading, Verdict
-from rlhf_nb.toy import reward
+from rlhf_nb.feedback.judge import Comparison, Grade, Grading, Revising, Revision, Verdict
+from rlhf_nb.toy import reviser, reward
 from rlhf_nb.toy.annotators import WORDS_NOTICED, pleasantries
 
-TEMPLATE = "toy-annotator"
+ASKED = hashlib.sha256(b"toy-annotator, which reads no words").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,20 @@ class ToyJudge:
 
     @property
     def prompt_hash(self) -> str:
-        return TEMPLATE
+        return ASKED
+
+    @staticmethod
+    def require(principles: Sequence[Principle]) -> None:
+        """
+        Raises:
+            SpecError: One of the principles is none of the toy world's.
+        """
+        for principle in principles:
+            if principle.name not in reward.WEIGHTS:
+                raise SpecError(
+                    f'judge toy-annotator: it knows the principles {", ".join(reward.WEIGHTS)}, and "{principle.name}" '
+                    f"is none of them"
+                )
 
     def utility(self, prompt: Any, completion: str, principle: Principle | None = None) -> float:
         """How well it likes a completion under a principle, in units of true reward.
@@ -80,11 +94,7 @@ class ToyJudge:
         biases = self.length_bias * words / 10 + self.sycophancy * pleasantries(asked, completion)
         if principle is None:
             return reward.reward(asked, completion) + biases
-        if principle.name not in reward.WEIGHTS:
-            known = ", ".join(reward.WEIGHTS)
-            raise SpecError(
-                f'judge toy-annotator: it knows the principles {known}, and "{principle.name}" is none of them'
-            )
+        self.require((principle,))
         return reward.quality_scores(asked, completion)[principle.name] + biases
 
     def compare(self, asked: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
@@ -98,6 +108,12 @@ class ToyJudge:
         for index, each in enumerate(asked):
             liking = self.utility(each.prompt, each.completion, each.principle)
             yield index, Grade(1 + 4 * min(max(liking, 0.0), 1.0))
+
+    def revise(self, asked: Sequence[Revising]) -> Iterator[tuple[int, Revision]]:
+        for index, each in enumerate(asked):
+            self.require((each.principle,))
+            prompt = reward.text_of(each.prompt, role="user")
+            yield index, Revision(*reviser.revise(prompt, each.completion, each.principle.name))
 
     def close(self) -> None:
         """It holds nothing."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_nb.protocol.spec import EndpointJudge
+from rlhf_nb.protocol.spec import Endpoint
 
 
 class ChatServer:
@@ -66,8 +66,8 @@ class ChatServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http.server_port}/v1"
 
-    def endpoint(self, **settings: Any) -> EndpointJudge:
-        return EndpointJudge(**{"url": self.url, "model": "planted", "retries": 2, "timeout_s": 5, **settings})
+    def endpoint(self, **settings: Any) -> Endpoint:
+        return Endpoint(**{"url": self.url, "model": "planted", "retries": 2, "timeout_s": 5, **settings})
 
     def close(self) -> None:
         self.http.shutdown()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -21,7 +22,7 @@ from rlhf_nb.feedback.judge import (
     settle,
     verdict_of,
 )
-from rlhf_nb.feedback.tally import tally
+from rlhf_nb.feedback.tally import Tally, tally
 from rlhf_nb.statistics.intervals import wilson
 
 HONEST = Principle(name="honest", preference="Which is more honest?")
@@ -84,16 +85,28 @@ def test_counts_of_a_worked_example():
         settle(Verdict(failure="unreadable"), Verdict(failure="refusal")),
     ]
     found = tally(outcomes, ["a", "a", "a", None, "b", "b", "a", "a", "b"])
-    assert (found.n, found.decided, found.ties, found.flips, found.answered) == (9, 2, 1, 4, 7)
+    assert (found.pairs, found.decided, found.ties, found.flips, found.answered) == (9, 2, 1, 4, 7)
     assert (found.to_first, found.to_second) == (2, 1)
     assert found.failures == {"timeout": 1, "unreadable": 1}
     # One hit, one miss and four ties at one half over the six labelled pairs that have a verdict.
     assert found.agreement.value == pytest.approx(3 / 6) and found.agreement.n == 6
     assert (found.agreement.interval.low, found.agreement.interval.high) == (wilson(3, 6).low, wilson(3, 6).high)
     assert found.flip_rate.value == pytest.approx(4 / 7) and found.first_share.value == pytest.approx(2 / 3)
-    assert found.mean_preference == pytest.approx(0.8)
     assert str(found) == "2 of 9 pairs decided, 4 flipped with the order, 1 tied, 1 timeout, 1 unreadable"
-    assert json.loads(json.dumps(found.to_dict()))["failures"] == {"timeout": 1, "unreadable": 1}
+    assert json.loads(json.dumps(found.to_dict()))["agreement"]["n"] == 6
+
+
+def test_tallies_of_parts_add_up_to_the_tally_of_the_whole():
+    outcomes = [
+        settle(said("first"), said("second")),
+        settle(said("first"), said("first")),
+        settle(said("tie"), said("tie")),
+    ]
+    outcomes.append(settle(Verdict(failure="refusal"), said("first")))
+    labels = ["a", "b", None, "a"]
+    parts = Counter(tally(outcomes[:2], labels[:2]).to_counts()) + Counter(tally(outcomes[2:], labels[2:]).to_counts())
+    assert Tally.from_counts(parts) == tally(outcomes, labels)
+    assert Tally.from_counts(parts).agreement.value == pytest.approx(1.5 / 2)
 
 
 def test_nothing_answered_has_counts_and_no_shares():
@@ -119,7 +132,7 @@ def test_agreement_with_mtbench_majorities_of_a_judge_that_picks_the_longer(shar
     lengths = [(len(r["output_1"]), len(r["output_2"]), r["label"]) for r in rows]
     ties = sum(one == two for one, two, _ in lengths)
     hits = sum((one > two) == (label == 1) for one, two, label in lengths if one != two) + ties / 2
-    assert (found.n, found.flips, found.ties) == (200, 0, ties)
+    assert (found.pairs, found.flips, found.ties) == (200, 0, ties)
     assert found.agreement.value == pytest.approx(hits / 200)
     # The known verbosity of what people prefer there (arXiv:2306.05685): the null that a judge has to beat.
     assert found.agreement.interval.low > 0.5

@@ -80,9 +80,11 @@ def test_an_untrained_model_spreads_its_probability_and_gives_no_verdict(chat):
     assert found.failures == {"unreadable": 1} and found.decided == 0
 
 
-def test_a_model_without_a_chat_template_is_no_judge(chat):
-    class Plain:
-        chat_template = None
+def test_a_model_without_a_chat_template_is_no_judge_and_completes_all_the_same(chat, monkeypatch):
+    import numpy as np
 
-    with pytest.raises(SpecError, match="judge base: its tokenizer has no chat template"):
-        LocalChat(chat.model, Plain(), name="base", limit=512)
+    chance_BT = np.full((1, 4), 0.5)
+    monkeypatch.setattr(chat.tokenizer, "chat_template", None)
+    assert len(chat.complete(["Who?"], chance_BT, temperature=1.0)) == 1
+    with pytest.raises(SpecError, match="judge tiny: its tokenizer has no chat template"):
+        ask(chat, questions())
