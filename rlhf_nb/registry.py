@@ -61,6 +61,8 @@ methods = Registry(
         "dapo": "rlhf_nb.methods.grpo:DAPO",
         "rloo": "rlhf_nb.methods.rloo:RLOO",
         "generate": "rlhf_nb.methods.generate:Generate",
+        "judge": "rlhf_nb.methods.judge:JudgePairs",
+        "constitutional": "rlhf_nb.methods.constitutional:ConstitutionalAI",
         "evaluate": "rlhf_nb.evaluation.accuracy:Evaluate",
     },
 )
@@ -78,10 +80,14 @@ rewards = Registry(
         "json-schema": "rlhf_nb.rewards.patterns:json_schema",
         "ifeval": "rlhf_nb.rewards.ifeval:ifeval",
         "unit-tests": "rlhf_nb.rewards.unit_tests:unit_tests",
+        "judge": "rlhf_nb.rewards.judge:judge",
     },
 )
 """Reward functions `f(prompts, completions, **columns) -> list[float]`. Keyword-only parameters are the spec's options,
 which no column can set."""
+
+judges = Registry("judge", "rlhf_nb.judges", {"toy-annotator": "rlhf_nb.toy.judge:ToyJudge"})
+"""Judges that are no chat model: classes with `create(**knobs)` and what `rlhf_nb.feedback.judge.Judge` asks for."""
 
 launchers = Registry(
     "launcher",

@@ -313,6 +313,76 @@ class Workspace:
 
         return refit(self, model, scored=scored, labels=labels, per_prompt=per_prompt, weight=weight, **knobs)
 
+    def judge(
+        self,
+        data: Any,
+        *,
+        judge: Any,
+        constitution: Any = None,
+        principle: str = "",
+        launch: str | None = None,
+        title: str = "",
+        **settings: Any,
+    ) -> Run:
+        """Label pairs with a judge, each in both orders, as a data set. Returns at once, as `generate` does.
+
+        `run.wait().data` holds the pairs that it decides, each with its judge, prompt and principle; `run.fold.result`
+        says how often it agrees with the labels that were there before, flips with the order, and fails to answer.
+
+        Args:
+            data: Pairs; their labels are set aside.
+            judge: A chat model (a run, a name, a directory, a hub id), `rl.Endpoint(url, model=..., token_env=...)`, or
+                "toy-annotator".
+            constitution: A file, or the name of a shipped one; each pair is judged under a principle drawn from it.
+            principle: One of the constitution's by name; without a constitution, the question itself.
+            settings: `principles="each"`, `ask="reasons"`, `seed`, `batch_size`.
+        """
+        from rlhf_nb.stages.judge import judge as start
+
+        return start(
+            self,
+            data,
+            judge=judge,
+            constitution=constitution,
+            principle=principle,
+            launch=launch,
+            title=title,
+            **settings,
+        )
+
+    def constitutional(
+        self,
+        policy: Any,
+        *,
+        prompts: Any,
+        constitution: Any,
+        judge: Any = None,
+        launch: str | None = None,
+        title: str = "",
+        **settings: Any,
+    ) -> Run:
+        """Demonstrations or pairs out of a model's own drafts, under a constitution. Returns at once.
+
+        Args:
+            policy: The model that drafts.
+            constitution: A file, or the name of a shipped one.
+            judge: Who criticises and revises, or compares, as for `judge`; the policy itself if None.
+            settings: `half="revisions"` (demonstrations) or "preferences" (pairs), `rounds`, `temperature`,
+                `max_new_tokens`, `ask`, `seed`, `batch_size`.
+        """
+        from rlhf_nb.stages.judge import constitutional
+
+        return constitutional(
+            self,
+            policy,
+            prompts=prompts,
+            constitution=constitution,
+            judge=judge,
+            launch=launch,
+            title=title,
+            **settings,
+        )
+
     def run(self, run_id: str) -> Run:
         """A run's handle by id, from any process.
 

@@ -248,6 +248,34 @@ def _refit(ws: Workspace, args: argparse.Namespace) -> Run:
     return _show(ws.refit(args.model, scored=args.scored, labels=args.labels, **knobs))
 
 
+def _who(args: argparse.Namespace) -> Any:
+    if args.url is not None:
+        from rlhf_nb.protocol.spec import Endpoint
+
+        if args.judge is None:
+            raise SpecError("--url: the model's name there is missing; give --judge NAME")
+        return Endpoint(url=args.url, model=args.judge, token_env=args.token_env)
+    if args.token_env:
+        raise SpecError(f"--token-env {args.token_env}: it goes with --url, the address that asks for a token")
+    return args.judge
+
+
+def _judge(ws: Workspace, args: argparse.Namespace) -> Run:
+    knobs = parser.assignments(args.set, "judge")
+    who, by = _who(args), args.constitution
+    more = {"principle": args.principle, "launch": args.launch, "title": args.title}
+    return _show(ws.judge(args.data, judge=who, constitution=by, **more, **knobs))
+
+
+def _constitutional(ws: Workspace, args: argparse.Namespace) -> Run:
+    knobs = parser.assignments(args.set, "constitutional")
+    more = {"half": args.half, "launch": args.launch, "title": args.title}
+    made = ws.constitutional(
+        args.policy, prompts=args.prompts, constitution=args.constitution, judge=_who(args), **more, **knobs
+    )
+    return _show(made)
+
+
 def _pending(word: str) -> Callable[[Workspace, argparse.Namespace], Any]:
     def act(ws: Workspace, args: argparse.Namespace) -> Any:
         run = _run(ws, args.run)
@@ -265,6 +293,8 @@ _CALLS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
     "generate": _generate,
     "lineage": lambda ws, args: ws.lineage(args.of),
     "refit": _refit,
+    "judge": _judge,
+    "constitutional": _constitutional,
     "models": lambda ws, args: ws.models(),
     "data": lambda ws, args: ws.datasets(),
     "runs": lambda ws, args: ws.runs(),

@@ -89,6 +89,16 @@ def _arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 _RUN = _arg("run", nargs="?", metavar="RUN", help="default: the last run")
 
+_ENDPOINT = (
+    _arg("--url", metavar="URL", help="an OpenAI-compatible address; --judge is the model's name there"),
+    _arg("--token-env", default="", metavar="VARIABLE", help="environment variable that holds its token"),
+)
+_JOB = (
+    _arg("--launch", metavar="FLAGS", help="accelerate launch flags for this run"),
+    _arg("--title", default=""),
+    _arg("--set", nargs="+", action="extend", metavar="key=value", help="the job's knobs: seed, ask, batch_size …"),
+)
+
 _VERBS: dict[str, Callable[[], Words]] = {
     "quickstart": _make("quickstart", "Copy the notebooks here.", _arg("directory", nargs="?", default=".")),
     "workspace": _make("workspace", "Use a directory or a database URL.", _arg("target", nargs="?")),
@@ -151,6 +161,27 @@ _VERBS: dict[str, Callable[[], Words]] = {
         _arg("--scored", required=True, metavar="DATA", help="completions with the reward model's scores"),
         _arg("--labels", required=True, metavar="DATA_OR_ANNOTATOR", help="pairs or thumbs of these completions"),
         _arg("--set", nargs="+", action="extend", metavar="key=value", help="knobs that differ from the run's"),
+    ),
+    "judge": _make(
+        "judge",
+        "Label pairs with a judge, in both orders, as a data set.",
+        _arg("data", metavar="DATA"),
+        _arg("--judge", metavar="MODEL", required=True, help="a chat model, or toy-annotator"),
+        *_ENDPOINT,
+        _arg("--constitution", metavar="FILE", help="each pair under a principle drawn from it; toy-town is shipped"),
+        _arg("--principle", default="", metavar="WORDS", help="one by name, or the question itself"),
+        *_JOB,
+    ),
+    "constitutional": _make(
+        "constitutional",
+        "Demonstrations or pairs out of a model's own drafts, under a constitution.",
+        _arg("--policy", "--base", dest="policy", metavar="MODEL", required=True),
+        _arg("--prompts", "--data", dest="prompts", metavar="DATA", required=True),
+        _arg("--constitution", metavar="FILE", required=True, help="toy-town is shipped"),
+        _arg("--half", choices=["revisions", "preferences"], default="revisions", help="what for: SFT, or pairs"),
+        _arg("--judge", metavar="MODEL", help="who criticises, revises or compares; default: the policy itself"),
+        *_ENDPOINT,
+        *_JOB,
     ),
     "models": _make("models", "Models that resolve by name."),
     "data": _make("data", "Data that resolves by name."),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from rlhf_nb.errors import SpecError
 
@@ -106,6 +106,48 @@ def data_parts(data: Any) -> tuple[DataPart, ...]:
     return data.parts if isinstance(data, MixedData) else (DataPart(data=data, weight=1.0),)
 
 
+class ModelJudge(Frozen):
+    """A chat model beside the accelerator."""
+
+    kind: Literal["model"] = "model"
+    model: ModelRef
+
+
+class Endpoint(Frozen):
+    """A chat model behind an OpenAI-compatible address; vLLM's server is one."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    url: str
+    """Up to `/chat/completions`, which is added: `http://127.0.0.1:8000/v1`. It holds no secret: it is written down."""
+    model: str
+    """As it is called there."""
+    token_env: str = ""
+    """Name of the environment variable that holds the token, where the job runs."""
+    timeout_s: float = Field(60.0, gt=0, allow_inf_nan=False)
+    """Seconds for one answer."""
+    retries: int = Field(4, ge=0)
+    """How often a question is asked again that got no answer."""
+    at_once: int = Field(16, gt=0)
+    """Questions under way at a time."""
+
+
+class NamedJudge(Frozen):
+    """A judge of the toy world with known faults."""
+
+    kind: Literal["named"] = "named"
+    name: str
+    config: dict[str, float] = {}
+
+
+JudgeRef = Annotated[ModelJudge | Endpoint | NamedJudge, Field(discriminator="kind")]
+_JUDGE: TypeAdapter[JudgeRef] = TypeAdapter(JudgeRef)
+
+
+def judge_ref(value: dict[str, Any]) -> JudgeRef:
+    """A judge from its JSON, as it stands among a reward's options."""
+    return _JUDGE.validate_python(value)
+
+
 class NamedReward(Frozen):
     """A reward in the registry, `toy-true` for one, with its knobs."""
 
@@ -167,8 +209,15 @@ def reward_parts(reward: Any) -> tuple[RewardPart, ...]:
 
 def parents_of(reward: RewardRef | None) -> tuple[str, ...]:
     """Runs whose model a reward asks."""
-    models = [part.reward.model for part in reward_parts(reward) if isinstance(part.reward, ModelReward)]
+    models = [_asked(part.reward) for part in reward_parts(reward)]
     return tuple(model.run_id for model in models if isinstance(model, RunModel))
+
+
+def _asked(reward: OneReward) -> ModelRef | None:
+    if isinstance(reward, NamedReward) and isinstance(judge := reward.config.get("judge"), dict):
+        reference = judge_ref(judge)
+        return reference.model if isinstance(reference, ModelJudge) else None
+    return reward.model if isinstance(reward, ModelReward) else None
 
 
 class LoRA(Frozen):
@@ -244,6 +293,8 @@ class RunSpec(Frozen):
     reward: RewardRef | None = None
     gold: RewardRef | None = None
     """A reward that is only plotted, never optimised."""
+    judge: JudgeRef | None = None
+    """Who compares, criticises or revises, where a job asks for that."""
     adapter: LoRA | None = None
     launch: Launch = Launch()
     label_as: str = ""
@@ -261,8 +312,9 @@ class RunSpec(Frozen):
     @property
     def model_parents(self) -> tuple[str, ...]:
         """Runs whose model this run needs."""
-        policy = (self.policy.run_id,) if isinstance(self.policy, RunModel) else ()
-        return tuple(dict.fromkeys((*policy, *parents_of(self.reward), *parents_of(self.gold))))
+        models = (self.policy, self.judge.model if isinstance(self.judge, ModelJudge) else None)
+        own = [model.run_id for model in models if isinstance(model, RunModel)]
+        return tuple(dict.fromkeys((*own, *parents_of(self.reward), *parents_of(self.gold))))
 
     @property
     def data_sets(self) -> tuple[NamedData | BlobData | RunData, ...]:
@@ -278,6 +330,8 @@ class RunSpec(Frozen):
             parts.append(describe(self.data))
         if self.reward is not None:
             parts.append(describe(self.reward))
+        if self.judge is not None:
+            parts.append(describe(self.judge))
         return " → ".join(part for part in parts if part)
 
 
@@ -286,7 +340,7 @@ def describe(reference: Any) -> str:
     match reference:
         case None:
             return ""
-        case NamedModel() | NamedData() | NamedReward() | FunctionReward():
+        case NamedModel() | NamedData() | NamedReward() | FunctionReward() | NamedJudge():
             return reference.name
         case RunModel() | RunData():
             return reference.run_id
@@ -296,8 +350,10 @@ def describe(reference: Any) -> str:
             return reference.repo_id
         case BlobData():
             return reference.name or reference.content_hash[:8]
-        case ModelReward():
+        case ModelReward() | ModelJudge():
             return describe(reference.model)
+        case Endpoint():
+            return reference.model
         case CombinedReward():
             return " + ".join(part.name for part in reference.parts)
         case MixedData():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_nb import registry
 from rlhf_nb.protocol.spec import FunctionReward, ModelReward, NamedReward, reward_parts
 from rlhf_nb.rewards.ensemble import EnsembleScorer, is_ensemble, load_reward_model
-from rlhf_nb.rewards.functions import RewardFunction, from_reference
+from rlhf_nb.rewards.functions import RewardFunction, checked, from_reference
 from rlhf_nb.rewards.model import RewardModelScorer
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ def load(
     """f(prompts, completions, **columns) → one finite number each.
 
     A reward model is loaded now, onto `device`. A registered reward with an attribute `ready`, a function of its
-    options, is asked whether it can work here; what it answers stands in the run's log.
+    options, is asked whether it can work here; what it answers stands in the run's log. One with an attribute `open`,
+    a function of the context and its options, is what that gives: it may hold a model.
 
     Args:
         backbone: A base model's directory, and its trunk with weights that stay as they are. A reward model that is an
@@ -48,6 +49,8 @@ def load(
             return found
         return load_reward_model(path, device=device, emit=context.emit, **over)
     if isinstance(reference, NamedReward):
+        if (opening := getattr(registry.rewards.get(reference.name), "open", None)) is not None:
+            return checked(opening(context, reference.config), reference.name)
         ready = getattr(registry.rewards.get(reference.name), "ready", None)
         if ready is not None:
             context.emit.notice("reward_ready", f"reward {reference.name}: {ready(**reference.config)}")

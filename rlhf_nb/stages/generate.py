@@ -10,7 +10,7 @@ from rlhf_nb import registry
 from rlhf_nb.data.rows import decode_rows
 from rlhf_nb.errors import ComputeError, NotFoundError, SpecError, UnavailableError
 from rlhf_nb.methods.base import Method
-from rlhf_nb.protocol.spec import Launch, MixedData, RunSpec
+from rlhf_nb.protocol.spec import JudgeRef, Launch, MixedData, RunSpec
 from rlhf_nb.stages.resolve import resolve_data, resolve_model, resolve_reward
 from rlhf_nb.stages.train import submit, try_rewards
 
@@ -44,6 +44,7 @@ def make_rows(
     data: Any,
     reward: Any = None,
     gold: Any = None,
+    judge: JudgeRef | None = None,
     launch: str | None = None,
     title: str = "",
 ) -> Run:
@@ -51,6 +52,7 @@ def make_rows(
 
     Args:
         model: What `policy=` takes; None for a job that asks no model of ours.
+        judge: Who compares, criticises or revises, for a job that asks for that.
         data: Rows of the kind the method reads.
 
     Raises:
@@ -71,6 +73,7 @@ def make_rows(
         data=rows,
         reward=resolve_reward(workspace, reward, verb=verb) if reward is not None else None,
         gold=resolve_reward(workspace, gold, verb=verb, role="gold") if gold is not None else None,
+        judge=judge,
         launch=Launch.parse(workspace.launch_flags if launch is None else launch),
         label_as=title,
         who=workspace.who,

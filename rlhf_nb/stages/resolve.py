@@ -321,21 +321,29 @@ def _model_with_options(
     return made
 
 
+def _named(workspace: Workspace, name: str, config: dict[str, Any]) -> NamedReward:
+    if name == "judge":
+        from rlhf_nb.stages.judge import reward_options
+
+        config = reward_options(workspace, config)
+    return named(name, config)
+
+
 def _one_reward(
     workspace: Workspace, value: Any, *, verb: str, role: str
 ) -> NamedReward | ModelReward | FunctionReward:
     if isinstance(value, NamedReward):
-        return named(value.name, value.config)
+        return _named(workspace, value.name, value.config)
     if isinstance(value, (ModelReward, FunctionReward)):
         return value
     if isinstance(value, str):
         if value in registry.rewards:
-            return named(value, {})
+            return _named(workspace, value, {})
         if (with_options := _with_options(value)) is not None:
             name, options = with_options
             if name in workspace.run_ids():
                 return _model_with_options(workspace, name, options, verb=verb, role=role)
-            return named(name, options)
+            return _named(workspace, name, options)
         if value in workspace.reward_functions:
             return workspace.reward_functions[value]
     elif callable(value) and not is_run(value) and not isinstance(value, _MODEL_KINDS):
