@@ -114,6 +114,17 @@ def _describe(process: psutil.Process) -> str:
         return f"pid {process.pid}"
 
 
+def _minutes(reporter: pytest.TerminalReporter) -> list[tuple[str, float]]:
+    """Of each folder of tests, fixtures included, the longest first."""
+    took: dict[str, float] = {}
+    for reports in reporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                suite = report.nodeid.split("/")[1] if "/" in report.nodeid else report.nodeid
+                took[suite] = took.get(suite, 0.0) + report.duration / 60
+    return sorted(took.items(), key=lambda item: -item[1])
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not IS_XDIST_WORKER and (found := _left_running()):
@@ -127,6 +138,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if len(took := _minutes(terminalreporter)) > 1:
+        terminalreporter.section("minutes of each suite, added over processes")
+        terminalreporter.line(", ".join(f"{suite} {minutes:.1f}" for suite, minutes in took))
     if count := config.stash.get(deselected_gpu, 0):
         terminalreporter.section("GPU")
         terminalreporter.line(f"{count} gpu tests not run: torch sees no CUDA device here")

@@ -237,7 +237,7 @@ def plain_trl(folder: Path, method: str, timeout: float = 900, **settings: Any) 
 
     rows = folder / f"{method}.jsonl"
     if not rows.exists():
-        _, content = dataset("toy-demonstrations" if method == "sft" else "toy-pairs")
+        _, content = dataset({"sft": "toy-demonstrations", "kto": "toy-thumbs"}.get(method, "toy-pairs"))
         rows.write_text("".join(json.dumps(as_messages(row)) + "\n" for row in content))
     asked = {
         "method": method,
@@ -252,7 +252,10 @@ def plain_trl(folder: Path, method: str, timeout: float = 900, **settings: Any) 
 
 def as_messages(row: dict[str, Any]) -> dict[str, Any]:
     """A row as chat messages, as the toy model's template wants them and as a run shapes them too."""
-    return {key: [{"role": "user" if key == "prompt" else "assistant", "content": said}] for key, said in row.items()}
+    return {
+        key: [{"role": "user" if key == "prompt" else "assistant", "content": said}] if isinstance(said, str) else said
+        for key, said in row.items()
+    }
 
 
 # --- the product, as a notebook uses it -------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What watching and steering costs a step: worker CPU in our hooks, measured directly, and wall time beside plain TRL.
 
-Real runs of SFT, DPO and reward model on the toy model, short steps and long ones, with events on, control read at
+Real runs of every method that wraps a trainer of TRL on the toy model, short steps and long ones, with events on, control read at
 every step and a live panel's Python half attached and answering a page. Every step's event carries `time/hooks_s`, the
 CPU time (`time.thread_time`) that the worker spent in our callback since the last one, and `time/step_s`, the wall time of
 the step. Must: for steps of 50 ms or more the hooks take at most 1 % of the step, for shorter ones at most 0.5 ms.
@@ -19,15 +19,20 @@ from typing import Any
 
 from common import Watch, interleave, parser, plain_trl, ratios, report, scratch, summary, text
 
-DATA = {"sft": "toy-demonstrations", "dpo": "toy-pairs", "reward": "toy-pairs"}
+DATA = {
+    "sft": "toy-demonstrations", "dpo": "toy-pairs", "reward": "toy-pairs", "kto": "toy-thumbs", "orpo": "toy-pairs",
+    "simpo": "toy-pairs",
+}  # fmt: skip
 BATCHES = {"short": 1, "long": 16}
+LEAST = {"kto": 2}
+"""KTO's reference point is read off another row of its batch."""
 WARM_UP = 5
 
 
 def ours(workspace: Any, method: str, settings: dict[str, Any]) -> dict[str, Any]:
-    import rlhf_nb as rl
+    from rlhf_nb import registry
 
-    cls = {"sft": rl.SFT, "dpo": rl.DPO, "reward": rl.RewardModel}[method]
+    cls = registry.methods.get(method)
     run = workspace.train(cls(sample_every=0, **settings), base="toy", data=DATA[method])
     panel = run.panel()
     # A page that says hello: from then on the panel sends figures and frames as to a browser.
@@ -51,10 +56,11 @@ def ours(workspace: Any, method: str, settings: dict[str, Any]) -> dict[str, Any
 
 def main() -> None:
     made = parser(__doc__)
+    made.add_argument("--only", choices=list(DATA), action="append", help="only this method")
     made.add_argument("--every10", action="store_true", help="also against plain TRL that logs every 10th step")
     args = made.parse_args()
     repeats = args.repeats or (1 if args.quick else 3)
-    cases = [("sft", "short")] if args.quick else [(method, size) for method in DATA for size in BATCHES]
+    cases = [("sft", "short")] if args.quick else [(m, size) for m in args.only or DATA for size in BATCHES]
     figures: dict[str, Any] = {}
     lines, met = [], {}
     import rlhf_nb as rl
@@ -65,7 +71,8 @@ def main() -> None:
         for method, size in cases:
             steps = 120 if size == "short" else 30
             settings = {
-                "max_steps": WARM_UP + steps, "batch_size": BATCHES[size], "max_length": 256, "learning_rate": 1e-4,
+                "max_steps": WARM_UP + steps, "batch_size": max(BATCHES[size], LEAST.get(method, 1)), "max_length": 256,
+                "learning_rate": 1e-4,
             }  # fmt: skip
 
             def plain(every: int, method: str = method, settings: dict[str, Any] = settings) -> float:

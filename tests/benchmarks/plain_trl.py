@@ -8,12 +8,24 @@ import json
 import sys
 import time
 
+import trl
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback, set_seed
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 settings = json.loads(sys.argv[1])
-TRAINERS = {"sft": (SFTTrainer, SFTConfig), "reward": (RewardTrainer, RewardConfig), "dpo": (DPOTrainer, DPOConfig)}
+more = {}
+match settings["method"]:
+    case "orpo":
+        import trl.experimental.orpo as home
+
+        kind = "ORPO"
+    case "simpo":
+        import trl.experimental.cpo as home
+
+        kind, more = "CPO", {"loss_type": "simpo", "cpo_alpha": 0.0}
+    case method:
+        home, kind = trl, {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO"}[method]
+trainer_class, config_class = getattr(home, f"{kind}Trainer"), getattr(home, f"{kind}Config")
 
 
 class Clock(TrainerCallback):
@@ -31,7 +43,6 @@ class Clock(TrainerCallback):
 
 with open(settings["rows"]) as lines:
     rows = [json.loads(line) for line in lines]
-trainer_class, config_class = TRAINERS[settings["method"]]
 set_seed(0)
 clock = Clock()
 trainer = trainer_class(
@@ -51,6 +62,7 @@ trainer = trainer_class(
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        **more,
     ),
     train_dataset=Dataset.from_list(rows),
     processing_class=AutoTokenizer.from_pretrained(settings["model"]),

@@ -19,6 +19,8 @@ SCRIPTS = (
     "ppo_vs_trl",
     "roofline",
     "lora_learning",
+    "grpo_vs_trl",
+    "arithmetic",
 )
 
 

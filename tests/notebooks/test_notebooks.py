@@ -53,6 +53,18 @@ def test_the_tether_is_steered_and_the_committed_study_drawn(tmp_path, monkeypat
     assert "best of 64" in ends and "95 %" in fits
 
 
+def test_sums_are_learnt_from_being_checked(tmp_path, monkeypatch):
+    texts = run("04_verifiable_rewards.ipynb", tmp_path, monkeypatch)
+    said = "\n".join(texts.values())
+    assert "'8, no, 7': 1.0" in said and "'7 or 8': 0.0" in said
+    assert texts["from rlhf_nb.rewards.unit_tests import unit_tests"].strip() == "[1.0, 0.0, 0.0, 0.0]"
+    shares = re.findall(r"(grpo|dapo)-1: (\d\.\d+) right in the first ten rollouts, (\d\.\d+) in the last ten", said)
+    assert {name for name, _, _ in shares} == {"grpo", "dapo"}
+    assert all(float(last) > float(first) for _, first, last in shares), shares
+    assert int(re.search(r"dapo-1: (\d+) groups sampled again", said)[1]) > 0
+    assert "What is 2 + 3?" in said and "at the start" in said
+
+
 def test_chapters_are_numbered_and_end_with_something_to_change():
     names = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
     assert names[0] == "00_quickstart.ipynb" and os.fspath(NOTEBOOKS)
