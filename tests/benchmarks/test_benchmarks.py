@@ -19,6 +19,7 @@ SCRIPTS = (
     "ppo_vs_trl",
     "roofline",
     "lora_learning",
+    "kway",
 )
 
 
