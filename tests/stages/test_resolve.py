@@ -56,6 +56,11 @@ SOME = {
         {"prompt": "p", "completion": "c", "label": False},
     ],
     "prompts": [{"prompt": "p"}],
+    "completions": [
+        {"prompt": "p", "completions": ["a", "b", "a", ""], "scores": [1.0, 2.0, 1.0, 0.0]},
+        {"prompt": "q", "completions": ["c", "d"], "scores": [1.0, 1.0]},
+        {"prompt": "r", "completions": ["e"]},
+    ],
 }
 LEFT_OUT = {
     ("demonstrations", "prompts"): "1 prompt from 2 demonstrations of mine; dropped 1: repeated prompt (1)",
@@ -70,6 +75,15 @@ LEFT_OUT = {
     ("rankings", "prompts"): "1 prompt from 2 rankings of mine; dropped 1: repeated prompt (1)",
     ("thumbs", "pairs"): "1 pair from 3 thumbs of mine; dropped 1: thumb without its opposite for the same prompt (1)",
     ("thumbs", "demonstrations"): "1 demonstration from 3 thumbs of mine; dropped 2: thumb down (2)",
+    (
+        "completions",
+        "rankings",
+    ): "2 rankings from 3 completions of mine; dropped 3: empty completion (1), no scores (1), repeated completion (1)",
+    ("completions", "pairs"): "1 pair from 3 completions of mine; dropped 4: empty completion (1), equal ranks (1), "
+    "no scores (1), repeated completion (1)",
+    ("completions", "demonstrations"): "1 demonstration from 3 completions of mine; dropped 4: empty completion (1), "
+    "no scores (1), repeated completion (1), several tie for the best (1)",
+    ("completions", "prompts"): "3 prompts from 3 completions of mine",
     ("thumbs", "prompts"): "1 prompt from 3 thumbs of mine; dropped 2: repeated prompt (2)",
 }
 
