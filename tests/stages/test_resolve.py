@@ -9,6 +9,7 @@ import pytest
 import rlhf_nb as rl
 from rlhf_nb import registry
 from rlhf_nb.data.conversions import SERVES
+from rlhf_nb.data.rows import KINDS
 from rlhf_nb.errors import DataError, NotFoundError, SpecError
 from rlhf_nb.methods.reward_model import RewardModel
 from rlhf_nb.protocol.spec import ModelReward, NamedData, RunModel, RunSpec
@@ -88,31 +89,29 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize(
-    "method", [name for name in registry.methods.names() if registry.methods.get(name).rows in SOME]
-)
-@pytest.mark.parametrize("kind", SOME)
-def test_every_kind_of_rows_serves_or_is_converted_on_request_or_is_refused_with_what_is_needed(ws, kind, method):
-    cls = registry.methods.get(method)
-    kinds = {"rows": cls.rows, "also": cls.also}
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_rows_serves_every_method_or_is_converted_on_request_or_is_refused_with_what_is_needed(ws, kind):
     ws.add_data(SOME[kind], name="mine", kind=kind)
-    ways = [to for to in (cls.rows, *cls.also) if (kind, to) in LEFT_OUT]
-    if kind in (cls.rows, *cls.also):
-        assert resolve_data(ws, "mine", verb=method, **kinds).converted == ""
-    elif cls.rows == "prompts" or (kind, cls.rows) in SERVES:
-        assert resolve_data(ws, "mine", verb=method, **kinds).converted == LEFT_OUT[kind, cls.rows]
-    else:
-        with pytest.raises(DataError) as caught:
-            resolve_data(ws, "mine", verb=method, **kinds)
-        said = str(caught.value)
-        assert f'{method}: data "mine" holds {kind}, and {method} trains on {cls.rows} (prompt, ' in said
-        assert ("nothing like it can be made of" in said) == (not ways) and "\n" not in said
-        assert all(f'"mine as {to}" takes ' in said for to in ways)
-    for to in ways:
-        reference = resolve_data(ws, f"mine as {to}", verb=method, **kinds)
-        made, expected = ws.store.get_rows(reference.content_hash), LEFT_OUT[kind, to]
-        assert (reference.row_kind, reference.converted) == (to, expected)
-        assert reference.n == len(made) == int(expected.split()[0])
+    for method in registry.methods.names():
+        cls = registry.methods.get(method)
+        kinds = {"rows": cls.rows, "also": cls.also}
+        ways = [to for to in (cls.rows, *cls.also) if (kind, to) in LEFT_OUT]
+        if kind in (cls.rows, *cls.also):
+            assert resolve_data(ws, "mine", verb=method, **kinds).converted == ""
+        elif cls.rows == "prompts" or (kind, cls.rows) in SERVES:
+            assert resolve_data(ws, "mine", verb=method, **kinds).converted == LEFT_OUT[kind, cls.rows]
+        else:
+            with pytest.raises(DataError) as caught:
+                resolve_data(ws, "mine", verb=method, **kinds)
+            said = str(caught.value)
+            assert f'{method}: data "mine" holds {kind}, and {method} trains on {cls.rows} (prompt, ' in said
+            assert ("nothing like it can be made of" in said) == (not ways) and "\n" not in said
+            assert all(f'"mine as {to}" takes ' in said for to in ways)
+        for to in ways:
+            reference = resolve_data(ws, f"mine as {to}", verb=method, **kinds)
+            made, expected = ws.store.get_rows(reference.content_hash), LEFT_OUT[kind, to]
+            assert (method, reference.row_kind, reference.converted) == (method, to, expected)
+            assert reference.n == len(made) == int(expected.split()[0])
 
 
 def test_a_conversion_that_leaves_nothing_or_does_not_exist_is_refused(ws):
