@@ -114,9 +114,17 @@ def test_every_kind_of_rows_serves_every_method_or_is_converted_on_request_or_is
             assert reference.n == len(made) == int(expected.split()[0])
 
 
+def test_a_reference_is_converted_by_its_rows_whatever_its_name_means_by_now(ws):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    before = resolve_data(ws, ws.add_data([row], name="mine", kind="pairs"), verb="dpo", rows="pairs")
+    ws.add_data([row, {**row, "prompt": "q"}], name="mine", kind="pairs")
+    thumbs = resolve_data(ws, before, verb="kto", rows="thumbs")
+    assert thumbs.converted == "2 thumbs from 1 pair of mine"
+
+
 def test_a_conversion_that_leaves_nothing_or_does_not_exist_is_refused(ws):
     ws.add_data([SOME["rankings"][1]], name="tied", kind="rankings")
-    with pytest.raises(DataError, match=r'dpo: no pairs can be made of the 1 rankings of "tied": equal ranks \(1\)'):
+    with pytest.raises(DataError, match=r'dpo: no pairs can be made of the 1 ranking of "tied": equal ranks \(1\)'):
         resolve_data(ws, "tied", verb="dpo", rows="pairs")
     with pytest.raises(DataError, match=r'data "toy-pairs as thumbs": sft trains on demonstrations \(prompt, comp'):
         resolve_data(ws, "toy-pairs as thumbs", verb="sft", rows="demonstrations")
