@@ -13,6 +13,7 @@ from rlhf_nb.data.rows import COLUMNS, Row, fault, prompt_key
 from rlhf_nb.errors import DataError
 
 Converted = tuple[list[Row], dict[str, int]]
+Conversion = Callable[[Iterable[Mapping[str, Any]]], Converted]
 
 _JUDGED = {column for columns in COLUMNS.values() for column in columns} - {"prompt"}
 _JUDGED |= {"details", "scores", "golds", "completion_lengths", "completion_ended"}
@@ -90,6 +91,41 @@ def rankings_to_demonstrations(rows: Iterable[Mapping[str, Any]]) -> Converted:
     ]
     tied = len(rows) - len(decided)
     return best, {"several tie for the best": tied} if tied else {}
+
+
+def completions_to_rankings(rows: Iterable[Mapping[str, Any]]) -> Converted:
+    """Scored completions in the order of their scores, the highest best; the same text of a prompt once."""
+    made: list[Row] = []
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        if not row.get("scores"):
+            dropped["no scores"] += 1
+            continue
+        said = [(text, score) for text, score in zip(row["completions"], row["scores"], strict=True) if text.strip()]
+        if empty := len(row["completions"]) - len(said):
+            dropped["empty completion"] += empty
+        once = dict(said)
+        if repeated := len(said) - len(once):
+            dropped["repeated completion"] += repeated
+        order = sorted(set(once.values()), reverse=True)
+        ranks = [order.index(score) for score in once.values()]
+        ranking = {"prompt": row["prompt"], "completions": list(once), "ranks": ranks, **_beside(row)}
+        if reason := fault("rankings", ranking):
+            dropped[reason] += 1
+        else:
+            made.append(ranking)
+    return made, dict(dropped)
+
+
+def _by_score(to: Conversion) -> Conversion:
+    """A conversion of rankings, for completions in the order of their scores."""
+
+    def convert_scored(rows: Iterable[Mapping[str, Any]]) -> Converted:
+        ranked, lost = completions_to_rankings(rows)
+        made, more = to(ranked)
+        return made, dict(Counter(lost) + Counter(more))
+
+    return convert_scored
 
 
 def pairs_to_rankings(rows: Iterable[Mapping[str, Any]]) -> Converted:
@@ -181,7 +217,7 @@ def _distinct_thumbs(thumbs: Iterable[tuple[Any, str, bool]]) -> Converted:
     return rows, dict(dropped)
 
 
-CONVERSIONS: dict[tuple[str, str], Callable[[Iterable[Mapping[str, Any]]], Converted]] = {
+CONVERSIONS: dict[tuple[str, str], Conversion] = {
     ("pairs", "thumbs"): pairs_to_thumbs,
     ("pairs", "rankings"): pairs_to_rankings,
     ("pairs", "demonstrations"): pairs_to_demonstrations,
@@ -194,6 +230,9 @@ CONVERSIONS: dict[tuple[str, str], Callable[[Iterable[Mapping[str, Any]]], Conve
     ("pairs", "prompts"): to_prompts,
     ("rankings", "prompts"): to_prompts,
     ("thumbs", "prompts"): to_prompts,
+    ("completions", "rankings"): completions_to_rankings,
+    ("completions", "pairs"): _by_score(rankings_to_pairs),
+    ("completions", "demonstrations"): _by_score(rankings_to_demonstrations),
     ("completions", "prompts"): to_prompts,
 }
 SERVES = {("pairs", "thumbs"), ("rankings", "pairs")}
@@ -205,6 +244,9 @@ GIVES = {
     ("rankings", "demonstrations"): "the best completion of each ranking",
     ("thumbs", "pairs"): "thumbs up against thumbs down to the same prompt",
     ("thumbs", "demonstrations"): "completions with a thumb up",
+    ("completions", "rankings"): "completions in the order of their scores",
+    ("completions", "pairs"): "the higher against the lower score, of every two completions",
+    ("completions", "demonstrations"): "the completion of each prompt that scores highest",
 }
 """What is lost or assumed in a conversion that a person has to ask for."""
 

@@ -81,14 +81,18 @@ def _choose(fitting: list[Format], kind: str | None) -> Format | None:
 
 def summarize(n: int, kind: str, origin: str, dropped: dict[str, int]) -> str:
     """The line an import shows."""
-    noun = kind.removesuffix("s") if n == 1 else kind
-    line = f"{n:,} {noun} from {origin}"
+    line = f"{counted(n, kind)} from {origin}"
     return f"{line}; dropped {sum(dropped.values()):,}: {_reasons(dropped)}" if dropped else line
+
+
+def counted(n: int, kind: str) -> str:
+    """`1 pair`, `2,000 pairs`."""
+    return f"{n:,} {kind.removesuffix('s') if n == 1 else kind}"
 
 
 def nothing_left(name: str, kind: str, n: int, from_kind: str, dropped: dict[str, int]) -> str:
     """What to say where a conversion leaves no row."""
-    return f'no {kind} can be made of the {n:,} {from_kind} of "{name}": {_reasons(dropped)}'
+    return f'no {kind} can be made of the {counted(n, from_kind)} of "{name}": {_reasons(dropped)}'
 
 
 def _convert(records: list[dict[str, Any]], found: Format) -> tuple[list[Row], Counter[str]]:

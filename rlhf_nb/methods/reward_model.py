@@ -74,8 +74,9 @@ class RewardModel(GradientMethod):
     annotator_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """What rows by these annotators count, times the row's own `weight`; 1 for everybody else, 0 leaves them out."""
     length_debias: float = Field(0.0, ge=0)
-    """Weight of the squared slope of score on length, the length in standard deviations. Above 0 the fit also has a
-    term for the difference in length, which is no part of the score: what length explains is not learnt as quality."""
+    """Weight of the squared slope of score on length over a micro-batch, the length in standard deviations. Above 0 the
+    fit also has a term for the difference in length, which is no part of the score: what length explains is not learnt
+    as quality."""
     members: int = Field(1, ge=1, le=16)
     """Reward models trained at once, each on its own batches; the run's model is then all of them."""
     members_by: Literal["seed", "fold"] = "seed"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb import registry
 from rlhf_nb.data.conversions import convert
+from rlhf_nb.data.dataset import Dataset
+from rlhf_nb.data.importers import counted
 from rlhf_nb.errors import DataError, SpecError
 from rlhf_nb.protocol.spec import BlobData, describe
 
@@ -47,25 +49,32 @@ def with_mined(
         DataError: No error was found; the message counts what the labels say instead.
     """
     from rlhf_nb.labelling.mining import mined_pairs
+    from rlhf_nb.stages.lineage import note_origin
 
     spec = workspace.spec(run_id)
     if spec.method != "reward":
         raise SpecError(f"refit: {run_id} is a {spec.method} run; give the run of a reward model")
-    completions = _rows(workspace, scored, "scored", ("completions",))[1]
-    kind, judged = _labels(workspace, labels, completions)
-    mined, dropped = mined_pairs(completions, judged, kind, per_prompt=per_prompt)
+    said = _data(workspace, scored, "scored", ("completions",))
+    judged = _labels(workspace, labels, said)
+    mined, dropped = mined_pairs(said.rows, judged.rows, judged.kind, per_prompt=per_prompt)
     counts = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.items())
     if not mined:
-        raise DataError(f"refit: no error of {run_id} is among {len(judged):,} {kind}: {counts or 'no label'}")
-    workspace.add_data(mined, name=f"{run_id}{MINED}", kind="pairs", source=f"errors of {run_id}")
-    old_kind, old = _rows(workspace, spec.data, "data", ("pairs", "rankings"))
-    new, _ = convert([{**row, "weight": weight} if weight != 1 else row for row in mined], "pairs", old_kind)
-    kept = workspace.keep_rows([*old, *new], old_kind, f"{describe(spec.data)} + {len(mined):,} errors of {run_id}")
-    left_out = f"; of {len(judged):,} {kind}, left out: {counts}" if counts else ""
-    return kept.model_copy(update={"converted": f"{len(old):,} {old_kind} and {len(mined):,} mined pairs{left_out}"})
+        raise DataError(
+            f"refit: no error of {run_id} is among {counted(len(judged), judged.kind)}: {counts or 'no label'}"
+        )
+    errors = workspace.add_data(mined, name=f"{run_id}{MINED}", kind="pairs", source=f"errors of {run_id}")
+    old = _data(workspace, spec.data, "data", ("pairs", "rankings"))
+    new, _ = convert([{**row, "weight": weight} if weight != 1 else row for row in mined], "pairs", old.kind)
+    name = f"{describe(spec.data)} + {len(mined):,} errors of {run_id}"
+    kept = workspace.keep_rows([*old.rows, *new], old.kind, name, origin=old)
+    for made, of in ((kept, errors), (errors, said), (errors, judged)):
+        note_origin(workspace, made.name, made.content_hash, of)
+    left_out = f"; of {counted(len(judged), judged.kind)}, left out: {counts}" if counts else ""
+    told = f"{counted(len(old), old.kind)} and {counted(len(mined), 'mined pairs')}{left_out}"
+    return kept.model_copy(update={"converted": told})
 
 
-def _labels(workspace: Workspace, labels: Any, completions: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any]]:
+def _labels(workspace: Workspace, labels: Any, said: Dataset) -> Dataset:
     """Thumbs by a function or a simulated annotator on every completion; else rows that are there."""
     from rlhf_nb.stages.label import SIMULATED, annotator
 
@@ -73,28 +82,27 @@ def _labels(workspace: Workspace, labels: Any, completions: Sequence[Mapping[str
     if isinstance(labels, str) and labels in SIMULATED:
         thumb = annotator(labels).thumb
     if thumb is None:
-        return _rows(workspace, labels, "labels", ("pairs", "thumbs"))
-    said = [(row["prompt"], text) for row in completions for text in dict.fromkeys(row["completions"]) if text.strip()]
-    return "thumbs", [{"prompt": p, "completion": text, "label": bool(thumb(p, text))} for p, text in said]
+        return _data(workspace, labels, "labels", ("pairs", "thumbs"))
+    asked = [(row["prompt"], text) for row in said.rows for text in dict.fromkeys(row["completions"]) if text.strip()]
+    rows = [{"prompt": p, "completion": text, "label": bool(thumb(p, text))} for p, text in asked]
+    return Dataset(labels if isinstance(labels, str) else getattr(labels, "__name__", "labels"), "thumbs", rows)
 
 
-def _rows(workspace: Workspace, value: Any, role: str, kinds: tuple[str, ...]) -> tuple[str, list[dict[str, Any]]]:
-    """Kind and rows of a data set, a name, a reference or a run that made rows; or loose rows of the one kind."""
+def _data(workspace: Workspace, value: Any, role: str, kinds: tuple[str, ...]) -> Dataset:
+    """A data set, by its handle, its name, a reference or a run that made it; or loose rows of the one kind."""
     if isinstance(value, list):
         if len(kinds) > 1:
-            raise SpecError(
-                f"refit: {role}: loose rows do not say whether they are {' or '.join(kinds)}; name a data set"
-            )
-        return kinds[0], value
-    kind: str
+            raise SpecError(f"refit: {role}: loose rows may be {' or '.join(kinds)}; name a data set")
+        return Dataset(role, kinds[0], value)
     if isinstance(value, BlobData):
-        kind, rows = value.row_kind, workspace.store.get_rows(value.content_hash)
+        found = Dataset(value.name, value.row_kind, workspace.store.get_rows(value.content_hash))
+    elif isinstance(value, Dataset):
+        found = value
     else:
-        found = value if hasattr(value, "kind") and hasattr(value, "rows") else workspace.dataset(_name(value))
-        kind, rows = found.kind, found.rows
-    if kind not in kinds:
-        raise DataError(f'refit: {role} "{_name(value)}" holds {kind}; {" or ".join(kinds)} are needed')
-    return kind, rows
+        found = workspace.dataset(_name(value))
+    if found.kind not in kinds:
+        raise DataError(f'refit: {role} "{found.name}" holds {found.kind}; {" or ".join(kinds)} are needed')
+    return found
 
 
 def _name(value: Any) -> str:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from rlhf_nb import registry
 from rlhf_nb.data.conversions import CONVERSIONS, GIVES, SERVES, convert
-from rlhf_nb.data.importers import nothing_left, summarize
+from rlhf_nb.data.importers import counted, nothing_left, summarize
 from rlhf_nb.data.rows import COLUMNS, KINDS
 from rlhf_nb.errors import DataError, NotFoundError, RlhfError, SpecError, did_you_mean
 from rlhf_nb.protocol.spec import (
@@ -127,7 +127,8 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str, also
         value = made
     if isinstance(value, (NamedData, BlobData)):
         kind, reference = (NAMED_DATA[value.name] if isinstance(value, NamedData) else value.row_kind), value
-        dataset = None
+        # By its hash: the name may stand for other rows by now.
+        dataset = None if isinstance(value, NamedData) else _kept(workspace, value)
     elif isinstance(value, str) and value in NAMED_DATA:
         kind, reference, dataset = NAMED_DATA[value], NamedData(name=value), None
     else:
@@ -151,8 +152,15 @@ def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str, also
     if not converted:
         raise DataError(f"{verb}: {nothing_left(name, to, len(source.rows), kind, dropped)}")
     kept = workspace.keep_rows(converted, to, name if to == "prompts" else f"{name} as {to}", origin=source)
-    said = summarize(len(converted), to, f"{len(source.rows):,} {kind} of {name}", dropped)
+    said = summarize(len(converted), to, f"{counted(len(source.rows), kind)} of {name}", dropped)
     return kept.model_copy(update={"converted": said})
+
+
+def _kept(workspace: Workspace, value: BlobData) -> Dataset:
+    from rlhf_nb.data.dataset import Dataset
+
+    digest = value.content_hash
+    return Dataset(value.name, value.row_kind, lambda: workspace.store.get_rows(digest), content_hash=digest, n=value.n)
 
 
 def _needed(rows: str, also: tuple[str, ...]) -> str:

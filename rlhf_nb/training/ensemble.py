@@ -94,12 +94,17 @@ def load_members(path: str, seeds: Sequence[int], lora: Callable[[], Any] | None
     """
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification, set_seed
+    from transformers.utils import logging
 
     members: list[Any] = []
     trunk = None
     for seed in seeds:
         set_seed(seed)
+        said = logging.get_verbosity()
+        # A language model's head goes and a score's comes: meant, and else reported for every member.
+        logging.set_verbosity_error()
         member = models.load_model(path, AutoModelForSequenceClassification, num_labels=1)
+        logging.set_verbosity(said)
         if lora is not None:
             # PEFT changes a trunk in place: each member gets a copy of its structure, on the first one's weights.
             trunk = member.base_model if trunk is None else trunk

@@ -21,6 +21,7 @@ SCRIPTS = (
     "lora_learning",
     "grpo_vs_trl",
     "arithmetic",
+    "kway",
 )
 
 

@@ -67,6 +67,17 @@ def test_a_ranking_gives_its_best_as_a_demonstration_unless_several_tie():
     )
 
 
+def test_scored_completions_are_ranked_by_score_and_the_best_is_preferred():
+    scored = [{"prompt": "p", "completions": ["a", "b", "c", "a"], "scores": [1.0, 3.0, 1.0, 1.0], "answer": "7"}]
+    rankings, dropped = convert(scored, "completions", "rankings")
+    assert rankings == [{"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 0, 1], "answer": "7"}]
+    assert dropped == {"repeated completion": 1}
+    pairs, dropped = convert(scored, "completions", "pairs")
+    assert [(row["chosen"], row["rejected"]) for row in pairs] == [("b", "a"), ("b", "c")]
+    assert dropped == {"repeated completion": 1, "equal ranks": 1}
+    assert convert(scored, "completions", "demonstrations")[0] == [{"prompt": "p", "completion": "b"}]
+
+
 def test_thumbs_up_meet_thumbs_down_of_their_prompt_once_each():
     thumbs = [
         ("p", "a", True),

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from rlhf_nb.compute.rundir import EventWriter
 from rlhf_nb.data.conversions import rankings_to_pairs
 from rlhf_nb.data.importers import read_rows
 from rlhf_nb.errors import DataError, SpecError
@@ -17,6 +18,8 @@ from rlhf_nb.rewards.model import RewardModelScorer
 from rlhf_nb.toy import pairs, rankings
 from rlhf_nb.training.data import conversation_ids
 from rlhf_nb.training.models import load_tokenizer
+
+from .conftest import asking
 
 CONFIG = {"max_steps": 1, "batch_size": 4, "learning_rate": 0.0, "max_length": 300, "optimizer": "sgd"}
 
@@ -123,23 +126,22 @@ def test_one_batch_of_rankings_is_eight_of_one(still):
 # --- margins and weights ----------------------------------------------------------------------------------------------
 
 
-def test_a_margin_is_asked_for_and_live_centring_pulls_from_its_step_on(still, trace):
-    from rlhf_nb.compute.rundir import append_line
-
+def test_a_margin_is_asked_for_and_live_centring_pulls_from_its_step_on(still, trace, monkeypatch):
     rows = [{**row, "margin": 0.5 * i} for i, row in enumerate(pairs(4))]
     del rows[0]["margin"]
-    place = still.prepare("reward", rows, config={**CONFIG, "max_steps": 2})
-    append_line(
-        place.control_path, SetCoefficient(name="center_rewards_coefficient", value=0.5).model_dump(mode="json")
-    )
+    place = still.prepare("reward", rows, config={**CONFIG, "max_steps": 3})
+    control = SetCoefficient(name="center_rewards_coefficient", value=0.5)
+    monkeypatch.setattr(EventWriter, "write", asking(place, control))
     still.run(place)
     chosen, rejected = (torch.stack([s[side] for s in scores_of(place, rows)]) for side in (0, 1))
     margins = torch.tensor([0.0, 0.5, 1.0, 1.5])
-    fit = bradley_terry_loss(chosen, rejected, margins_B=margins).mean()
-    centred = 0.5 * (chosen + rejected).square().mean()
-    assert trace(place, "loss")[1] == pytest.approx((fit + centred).item(), rel=1e-5)
+    fit = bradley_terry_loss(chosen, rejected, margins_B=margins).mean().item()
+    centred = 0.5 * (chosen + rejected).square().mean().item()
+    # Asked for after step 1; the rate is 0, so that only the coefficient can move the loss.
+    assert list(trace(place, "loss").values()) == pytest.approx([fit, fit + centred, fit + centred], rel=1e-5)
     (change,) = [e for e in place.events() if e.kind == "coefficient_changed"]
-    assert (change.name, change.old, change.new, change.effective_step) == ("center_rewards_coefficient", 0.0, 0.5, 1)
+    assert (change.name, change.old, change.new, change.effective_step) == ("center_rewards_coefficient", 0.0, 0.5, 2)
+    assert centred > 1e-4 * fit
 
 
 @pytest.mark.parametrize("kind", ["pairs", "rankings"])

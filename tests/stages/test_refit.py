@@ -57,6 +57,8 @@ def test_errors_join_rankings_as_rankings_of_two_and_labels_may_be_a_data_set(ws
     scored = [{"prompt": "q", "completions": ["x", "y"], "scores": [0.0, 1.0]}]
     data = with_mined(ws, "reward-1", scored=scored, labels="fresh")
     assert ws.store.get_rows(data.content_hash)[1]["completions"] == ["x", "y"] and data.row_kind == "rankings"
+    edges = {edge.parent.partition("#")[0] for edge in ws.store.lineage(f"{data.name}#{data.content_hash[:16]}")}
+    assert edges == {"old", "reward-1-mined", "scored", "fresh"}
 
 
 def test_a_round_without_an_error_is_refused_and_says_what_the_labels_were(ws):
@@ -75,7 +77,7 @@ def test_a_round_without_an_error_is_refused_and_says_what_the_labels_were(ws):
 def test_a_reward_model_that_is_refitted_no_longer_prefers_what_it_was_fooled_by(ws, tiny_model_maker):
     model = tiny_model_maker("still", dropout=0.0)
     ws.attach("local", standby=False, launch="--num_cpu_threads_per_process 1")
-    config = {"max_steps": 40, "batch_size": 12, "learning_rate": 3e-3, "max_length": 100}
+    config = {"max_steps": 30, "batch_size": 12, "learning_rate": 3e-3, "max_length": 100}
     first = ws.train(rl.RewardModel(**config), base=str(model), data=ws.add_data(OLD, name="old", kind="pairs"))
 
     def scores(run) -> list[dict]:

@@ -9,6 +9,7 @@ import pytest
 import rlhf_nb as rl
 from rlhf_nb import registry
 from rlhf_nb.data.conversions import SERVES
+from rlhf_nb.data.rows import KINDS
 from rlhf_nb.errors import DataError, NotFoundError, SpecError
 from rlhf_nb.methods.reward_model import RewardModel
 from rlhf_nb.protocol.spec import ModelReward, NamedData, RunModel, RunSpec
@@ -56,6 +57,11 @@ SOME = {
         {"prompt": "p", "completion": "c", "label": False},
     ],
     "prompts": [{"prompt": "p"}],
+    "completions": [
+        {"prompt": "p", "completions": ["a", "b", "a", ""], "scores": [1.0, 2.0, 1.0, 0.0]},
+        {"prompt": "q", "completions": ["c", "d"], "scores": [1.0, 1.0]},
+        {"prompt": "r", "completions": ["e"]},
+    ],
 }
 LEFT_OUT = {
     ("demonstrations", "prompts"): "1 prompt from 2 demonstrations of mine; dropped 1: repeated prompt (1)",
@@ -70,40 +76,55 @@ LEFT_OUT = {
     ("rankings", "prompts"): "1 prompt from 2 rankings of mine; dropped 1: repeated prompt (1)",
     ("thumbs", "pairs"): "1 pair from 3 thumbs of mine; dropped 1: thumb without its opposite for the same prompt (1)",
     ("thumbs", "demonstrations"): "1 demonstration from 3 thumbs of mine; dropped 2: thumb down (2)",
+    (
+        "completions",
+        "rankings",
+    ): "2 rankings from 3 completions of mine; dropped 3: empty completion (1), no scores (1), repeated completion (1)",
+    ("completions", "pairs"): "1 pair from 3 completions of mine; dropped 4: empty completion (1), equal ranks (1), "
+    "no scores (1), repeated completion (1)",
+    ("completions", "demonstrations"): "1 demonstration from 3 completions of mine; dropped 4: empty completion (1), "
+    "no scores (1), repeated completion (1), several tie for the best (1)",
+    ("completions", "prompts"): "3 prompts from 3 completions of mine",
     ("thumbs", "prompts"): "1 prompt from 3 thumbs of mine; dropped 2: repeated prompt (2)",
 }
 
 
-@pytest.mark.parametrize(
-    "method", [name for name in registry.methods.names() if registry.methods.get(name).rows in SOME]
-)
-@pytest.mark.parametrize("kind", SOME)
-def test_every_kind_of_rows_serves_or_is_converted_on_request_or_is_refused_with_what_is_needed(ws, kind, method):
-    cls = registry.methods.get(method)
-    kinds = {"rows": cls.rows, "also": cls.also}
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_rows_serves_every_method_or_is_converted_on_request_or_is_refused_with_what_is_needed(ws, kind):
     ws.add_data(SOME[kind], name="mine", kind=kind)
-    ways = [to for to in (cls.rows, *cls.also) if (kind, to) in LEFT_OUT]
-    if kind in (cls.rows, *cls.also):
-        assert resolve_data(ws, "mine", verb=method, **kinds).converted == ""
-    elif cls.rows == "prompts" or (kind, cls.rows) in SERVES:
-        assert resolve_data(ws, "mine", verb=method, **kinds).converted == LEFT_OUT[kind, cls.rows]
-    else:
-        with pytest.raises(DataError) as caught:
-            resolve_data(ws, "mine", verb=method, **kinds)
-        said = str(caught.value)
-        assert f'{method}: data "mine" holds {kind}, and {method} trains on {cls.rows} (prompt, ' in said
-        assert ("nothing like it can be made of" in said) == (not ways) and "\n" not in said
-        assert all(f'"mine as {to}" takes ' in said for to in ways)
-    for to in ways:
-        reference = resolve_data(ws, f"mine as {to}", verb=method, **kinds)
-        made, expected = ws.store.get_rows(reference.content_hash), LEFT_OUT[kind, to]
-        assert (reference.row_kind, reference.converted) == (to, expected)
-        assert reference.n == len(made) == int(expected.split()[0])
+    for method in registry.methods.names():
+        cls = registry.methods.get(method)
+        kinds = {"rows": cls.rows, "also": cls.also}
+        ways = [to for to in (cls.rows, *cls.also) if (kind, to) in LEFT_OUT]
+        if kind in (cls.rows, *cls.also):
+            assert resolve_data(ws, "mine", verb=method, **kinds).converted == ""
+        elif cls.rows == "prompts" or (kind, cls.rows) in SERVES:
+            assert resolve_data(ws, "mine", verb=method, **kinds).converted == LEFT_OUT[kind, cls.rows]
+        else:
+            with pytest.raises(DataError) as caught:
+                resolve_data(ws, "mine", verb=method, **kinds)
+            said = str(caught.value)
+            assert f'{method}: data "mine" holds {kind}, and {method} trains on {cls.rows} (prompt, ' in said
+            assert ("nothing like it can be made of" in said) == (not ways) and "\n" not in said
+            assert all(f'"mine as {to}" takes ' in said for to in ways)
+        for to in ways:
+            reference = resolve_data(ws, f"mine as {to}", verb=method, **kinds)
+            made, expected = ws.store.get_rows(reference.content_hash), LEFT_OUT[kind, to]
+            assert (method, reference.row_kind, reference.converted) == (method, to, expected)
+            assert reference.n == len(made) == int(expected.split()[0])
+
+
+def test_a_reference_is_converted_by_its_rows_whatever_its_name_means_by_now(ws):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    before = resolve_data(ws, ws.add_data([row], name="mine", kind="pairs"), verb="dpo", rows="pairs")
+    ws.add_data([row, {**row, "prompt": "q"}], name="mine", kind="pairs")
+    thumbs = resolve_data(ws, before, verb="kto", rows="thumbs")
+    assert thumbs.converted == "2 thumbs from 1 pair of mine"
 
 
 def test_a_conversion_that_leaves_nothing_or_does_not_exist_is_refused(ws):
     ws.add_data([SOME["rankings"][1]], name="tied", kind="rankings")
-    with pytest.raises(DataError, match=r'dpo: no pairs can be made of the 1 rankings of "tied": equal ranks \(1\)'):
+    with pytest.raises(DataError, match=r'dpo: no pairs can be made of the 1 ranking of "tied": equal ranks \(1\)'):
         resolve_data(ws, "tied", verb="dpo", rows="pairs")
     with pytest.raises(DataError, match=r'data "toy-pairs as thumbs": sft trains on demonstrations \(prompt, comp'):
         resolve_data(ws, "toy-pairs as thumbs", verb="sft", rows="demonstrations")
