@@ -175,6 +175,8 @@ class Method(BaseModel):
 class GradientMethod(Method):
     """What methods share that take plain gradient steps over rows, through transformers' Trainer."""
 
+    quantizes: ClassVar[bool] = True
+
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled (AdamW, arXiv:1711.05101), per step and unit of learning rate; biases and norms are left out."""
     warmup_steps: int = Field(0, ge=0)

@@ -19,8 +19,8 @@ from rlhf_nb.errors import ComputeError, SpecError
 from rlhf_nb.methods.base import Method
 from rlhf_nb.protocol.events import CoefficientChanged, ModelSaved, Resumed, RewardReplaced, Started, TrainingEnded
 from rlhf_nb.protocol.fold import RunFold
-from rlhf_nb.protocol.spec import RunSpec, data_parts
-from rlhf_nb.training import checkpoints, distributed, models
+from rlhf_nb.protocol.spec import RunSpec, data_parts, describe
+from rlhf_nb.training import adapters, checkpoints, distributed, models
 from rlhf_nb.training.context import Context, Emitter
 from rlhf_nb.training.control import ControlLoop
 from rlhf_nb.training.data import embedded_rows, kind_of, load_rows
@@ -280,7 +280,7 @@ def _train(context: Context, place: RunDir) -> None:
 
 def save(trainer: Any, context: Context, place: RunDir, step: int) -> None:
     """Write `model/` whole or not at all."""
-    scratch = place.path / "model.tmp"
+    scratch, spec = place.path / "model.tmp", context.spec
     if context.is_main:
         shutil.rmtree(scratch, ignore_errors=True)
     distributed.barrier()
@@ -289,6 +289,8 @@ def save(trainer: Any, context: Context, place: RunDir, step: int) -> None:
         distributed.barrier()
         if not context.is_main:
             return
+        if spec.adapter is not None and spec.policy is not None:
+            adapters.note_base(scratch / "adapter", describe(spec.policy), context.model_path(spec.policy))
         if place.model.exists():
             shutil.rmtree(place.model)
         os.replace(scratch, place.model)
