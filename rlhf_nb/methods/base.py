@@ -91,7 +91,7 @@ class Method(BaseModel):
     title: ClassVar[str]
     paper: ClassVar[str] = ""
     rows: ClassVar[str]
-    """Kind of rows it trains on: demonstrations, pairs, prompts …"""
+    """Kind of rows it trains on: demonstrations, pairs, prompts … Empty for a job that reads none."""
     also: ClassVar[tuple[str, ...]] = ()
     """Further kinds that it trains on as they are."""
     models: ClassVar[str] = ""

@@ -229,7 +229,7 @@ def _context(
     attempt: int,
     resume_from: Path | None,
 ) -> Context:
-    if spec.data is None:
+    if spec.data is None and method.rows:
         raise SpecError(f"{spec.method}: no data; give data=, or prompts= for a method that samples")
     emit.stage("reading rows")
     row_kind = method.rows_in(kind_of(data_parts(spec.data)[0].data))
