@@ -13,8 +13,10 @@ from rlhf_nb import registry
 from rlhf_nb.errors import NotFoundError
 from rlhf_nb.protocol.spec import (
     BlobData,
+    Endpoint,
     FunctionReward,
     HubModel,
+    ModelJudge,
     ModelReward,
     NamedData,
     NamedModel,
@@ -192,6 +194,8 @@ class _Reader:
         for role in ("reward", "gold"):
             for part in reward_parts(getattr(spec, role)):
                 yield self._reward(part.reward, role if part.weight == 1 else f"{role} ×{part.weight:g}")
+        if spec.judge is not None:
+            yield self._judge(spec.judge)
         for role in ("data", "held_out", "pretraining"):
             for each in data_parts(getattr(spec, role)):
                 yield self._data(each.data, role.replace("_", "-"))
@@ -227,6 +231,12 @@ class _Reader:
                     name, "reward", relation, f"a function, {len(source.splitlines())} lines, kept with the run"
                 )
         return Node(describe(reference), "reward", relation)
+
+    def _judge(self, reference: Any) -> Node:
+        if isinstance(reference, ModelJudge):
+            return self.model(reference.model, "judge")
+        where = "a chat model behind an address" if isinstance(reference, Endpoint) else "simulated"
+        return Node(describe(reference), "model", "judge", where)
 
     def _data(self, reference: Any, relation: str) -> Node:
         match reference:
@@ -286,7 +296,15 @@ def _settings(spec: RunSpec) -> str:
         return ""
     fields = registry.methods.get(spec.method).model_fields
     told = [
-        f"{knob}={value}" for knob, value in spec.config.items() if knob in fields and fields[knob].default != value
+        f"{knob}={_short(value)}"
+        for knob, value in spec.config.items()
+        if knob in fields and fields[knob].default != value
     ]
     told += [f"adapter r={spec.adapter.r}"] if spec.adapter is not None else []
     return f" ({', '.join(told)})" if told else ""
+
+
+def _short(value: Any) -> str:
+    """A knob as it fits into a line; a constitution by its name."""
+    text = str(value.get("name", value)) if isinstance(value, dict) else str(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"

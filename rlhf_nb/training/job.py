@@ -232,12 +232,13 @@ def _context(
     if spec.data is None and method.rows:
         raise SpecError(f"{spec.method}: no data; give data=, or prompts= for a method that samples")
     emit.stage("reading rows")
-    row_kind = method.rows_in(kind_of(data_parts(spec.data)[0].data))
-    sources = [load_rows(part.data, blobs, row_kind, runs_root=runs_root) for part in data_parts(spec.data)]
-    for part in data_parts(spec.data):
+    parts = data_parts(spec.data)
+    row_kind = method.rows_in(kind_of(parts[0].data)) if parts else ""
+    sources = [load_rows(part.data, blobs, row_kind, runs_root=runs_root) for part in parts]
+    for part in parts:
         if converted := getattr(part.data, "converted", ""):
             emit.notice("rows_converted", converted)
-    mixture = [(len(rows), part.weight) for rows, part in zip(sources, data_parts(spec.data), strict=True)]
+    mixture = [(len(rows), part.weight) for rows, part in zip(sources, parts, strict=True)]
     return Context(
         spec=spec,
         method=method,

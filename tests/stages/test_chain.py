@@ -12,6 +12,10 @@ STAGES = {
     # Only the first one learns: what comes out at the end shows what every later stage began with.
     "sft": (rl.SFT(**{**FEW, "learning_rate": 1e-2}), {"data": ("demonstrations", demonstrations(4))}),
     "dpo": (rl.DPO(**{**FEW, "learning_rate": 0.0}), {"data": ("pairs", pairs(4))}),
+    "grpo": (
+        rl.GRPO(**{**FEW, "learning_rate": 0.0, "max_new_tokens": 4, "rollout_batch_size": 2, "group_size": 2}),
+        {"prompts": ("prompts", prompts(4)), "reward": "toy-true"},
+    ),
     "ppo": (
         rl.PPO(**{**FEW, "learning_rate": 0.0, "max_new_tokens": 4, "rollout_batch_size": 2, "num_ppo_epochs": 1}),
         {"prompts": ("prompts", prompts(4)), "reward": "toy-true"},

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import rlhf_nb as rl
 from rlhf_nb.errors import SpecError
-from rlhf_nb.protocol.spec import LoRA, PathModel
-from rlhf_nb.toy import demonstrations, pairs, thumbs
+from rlhf_nb.protocol.spec import FunctionReward, LoRA, PathModel
+from rlhf_nb.toy import demonstrations, pairs, prompts, thumbs
 from rlhf_nb.training import adapters, models
 
 ROWS = {
@@ -22,7 +22,11 @@ ROWS = {
     "kto": thumbs(8),
     "orpo": pairs(4),
     "simpo": pairs(4),
+    "online-dpo": prompts(4),
 }
+LETTERS = FunctionReward(
+    name="letters", source="def f(prompts, completions, **c):\n    return [len(x) for x in completions]"
+)
 CONFIG = {"max_steps": 2, "batch_size": 2, "sample_every": 0, "learning_rate": 1e-2, "max_length": 200}
 LORA = LoRA(r=4, alpha=8)
 
@@ -56,7 +60,9 @@ def test_every_method_saves_the_base_in_full_with_its_adapter_merged_in(
         train(self)
 
     monkeypatch.setattr(SteeredTrainer, "train", watched)
-    place = job(method, ROWS[method], config=CONFIG, adapter=LORA.model_copy(update={"quantize": quantize}))
+    reward = {"reward": LETTERS} if method == "online-dpo" else {}
+    adapter = LORA.model_copy(update={"quantize": quantize})
+    place = job(method, ROWS[method], config=CONFIG, adapter=adapter, **reward)
     # Seven linear layers in each of two blocks.
     assert packed == [14 if quantize == "4bit" else 0]
     saved, start = weights(place.model), weights(job.model)
