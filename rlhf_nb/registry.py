@@ -63,6 +63,7 @@ methods = Registry(
         "generate": "rlhf_nb.methods.generate:Generate",
         "judge": "rlhf_nb.methods.judge:JudgePairs",
         "constitutional": "rlhf_nb.methods.constitutional:ConstitutionalAI",
+        "export": "rlhf_nb.methods.export:Export",
         "evaluate": "rlhf_nb.evaluation.accuracy:Evaluate",
     },
 )

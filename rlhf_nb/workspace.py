@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlhf_nb.methods.base import Method
     from rlhf_nb.run import Run
     from rlhf_nb.stages.evaluate import Evaluation
+    from rlhf_nb.stages.export import Exported
     from rlhf_nb.stages.lineage import Node
     from rlhf_nb.stages.tables import Table
     from rlhf_nb.store import Store
@@ -382,6 +383,28 @@ class Workspace:
             title=title,
             **settings,
         )
+
+    def export(
+        self,
+        model: Any,
+        directory: str | Path | None = None,
+        *,
+        form: str = "merged",
+        push: str = "",
+        private: bool = True,
+        timeout: float | None = None,
+    ) -> Exported:
+        """Write a model to a directory of the compute host that plain transformers and vLLM load, with a card.
+
+        Args:
+            form: "merged", the whole model; "adapter", the adapter alone with the name of its base; "base", the whole
+                model with its adapter taken off.
+            push: Hub repository, owner/name, to upload it to, with the token that the compute host has.
+            private: Of a repository that is made now.
+        """
+        from rlhf_nb.stages.export import export
+
+        return export(self, model, directory, form=form, push=push, private=private, timeout=timeout)
 
     def run(self, run_id: str) -> Run:
         """A run's handle by id, from any process.

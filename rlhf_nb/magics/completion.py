@@ -59,6 +59,8 @@ def candidates(before: list[str]) -> list[str]:
         return [*(f"{name}=" for name in _coefficients(before[1])), *_slots(before[1])]
     if verb == "label" and len(before) == 1:
         return [name for name in _data() if name != "toy-prompts"]
+    if verb == "export" and len(before) == 1:
+        return _models()
     if verb == "lineage" and len(before) == 1:
         return list(dict.fromkeys([*NAMED_MODELS, *_runs(), *_data()]))
     if verb == "evaluate" and len(before) == 1:

@@ -227,6 +227,11 @@ def _evaluate(ws: Workspace, args: argparse.Namespace) -> Any:
     return ws.evaluate(args.model, data=args.data)
 
 
+def _export(ws: Workspace, args: argparse.Namespace) -> Any:
+    form = "adapter" if args.adapter_only else "base" if args.base_only else "merged"
+    return ws.export(args.model, args.directory, form=form, push=args.push, private=not args.public)
+
+
 def _generate(ws: Workspace, args: argparse.Namespace) -> Run:
     knobs = parser.assignments(args.set, "generate")
     knobs |= {"n": args.n} if args.n is not None else {}
@@ -290,6 +295,7 @@ _CALLS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
     "import": lambda ws, args: ws.import_data(args.source, name=args.name, kind=args.kind, split=args.split),
     "label": _label,
     "evaluate": _evaluate,
+    "export": _export,
     "generate": _generate,
     "lineage": lambda ws, args: ws.lineage(args.of),
     "refit": _refit,

@@ -149,6 +149,16 @@ _VERBS: dict[str, Callable[[], Words]] = {
         _arg("--title", default=""),
         _arg("--set", nargs="+", action="extend", metavar="key=value", help="temperature, max_new_tokens, seed …"),
     ),
+    "export": _make(
+        "export",
+        "Write a model to a directory that transformers and vLLM load; push it to the hub.",
+        _arg("model", metavar="MODEL"),
+        _arg("directory", nargs="?", metavar="DIRECTORY"),
+        _arg("--adapter-only", action="store_true"),
+        _arg("--base-only", action="store_true", help="with the adapter taken off"),
+        _arg("--push", default="", metavar="OWNER/NAME"),
+        _arg("--public", action="store_true", help="a repository that is made now is public"),
+    ),
     "lineage": _make(
         "lineage",
         "What a model or data set was made from, back to rows and labels.",

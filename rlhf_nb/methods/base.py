@@ -91,7 +91,7 @@ class Method(BaseModel):
     title: ClassVar[str]
     paper: ClassVar[str] = ""
     rows: ClassVar[str]
-    """Kind of rows it trains on: demonstrations, pairs, prompts …"""
+    """Kind of rows it trains on: demonstrations, pairs, prompts … Empty for a job that reads none."""
     also: ClassVar[tuple[str, ...]] = ()
     """Further kinds that it trains on as they are."""
     models: ClassVar[str] = ""
@@ -174,6 +174,8 @@ class Method(BaseModel):
 
 class GradientMethod(Method):
     """What methods share that take plain gradient steps over rows, through transformers' Trainer."""
+
+    quantizes: ClassVar[bool] = True
 
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled (AdamW, arXiv:1711.05101), per step and unit of learning rate; biases and norms are left out."""

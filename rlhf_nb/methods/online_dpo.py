@@ -113,7 +113,7 @@ class OnlineDPO(GradientMethod):
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
         from rlhf_nb.training import models
-        from rlhf_nb.training.arguments import lora_config, training_arguments
+        from rlhf_nb.training.arguments import lora_config, model_arguments, training_arguments
         from rlhf_nb.training.control import BoundCoefficient
         from rlhf_nb.training.online_pairs import PairJudge, prompts_that_fit
         from rlhf_nb.training.sampling import Sampler
@@ -125,10 +125,10 @@ class OnlineDPO(GradientMethod):
         judge = PairJudge(self, context)
         trainer = OnlineDPOTrainer(
             # A model: from a directory TRL would load it with device_map="auto", which splits it over all devices.
-            model=models.load_model(policy),
+            model=models.load_model(policy, **model_arguments(context)),
             reward_funcs=[judge],
             args=OnlineDPOConfig(
-                **training_arguments(context),
+                **training_arguments(context, reads_model=False),
                 max_length=max_length,
                 max_new_tokens=self.max_new_tokens,
                 beta=self.beta,

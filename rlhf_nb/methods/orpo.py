@@ -67,7 +67,7 @@ class ORPO(GradientMethod):
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
         from rlhf_nb.training import data, models
-        from rlhf_nb.training.arguments import lora_config, training_arguments
+        from rlhf_nb.training.arguments import lora_config, model_arguments, training_arguments
         from rlhf_nb.training.control import BoundCoefficient
         from rlhf_nb.training.sampling import Sampler
         from rlhf_nb.training.trainer import SteeredTrainer
@@ -78,8 +78,8 @@ class ORPO(GradientMethod):
         context.emit.stage("tokenizing rows")
         trainer = ORPOTrainer(
             # A model: from a directory TRL would load it with device_map="auto", which splits it over all devices.
-            model=models.load_model(policy),
-            args=ORPOConfig(**training_arguments(context), max_length=max_length, beta=self.beta),
+            model=models.load_model(policy, **model_arguments(context)),
+            args=ORPOConfig(**training_arguments(context, reads_model=False), max_length=max_length, beta=self.beta),
             train_dataset=Dataset.from_list(data.for_trl(context.rows, self.rows, tokenizer)),
             processing_class=tokenizer,
             peft_config=lora_config(context, "CAUSAL_LM"),

@@ -59,6 +59,7 @@ class RewardModel(GradientMethod):
     also: ClassVar[tuple[str, ...]] = ("rankings",)
     models: ClassVar[str] = "reward model, or several; under LoRA on one backbone"
     live: ClassVar[tuple[LiveCoefficient, ...]] = (LEARNING_RATE, CENTRE)
+    quantizes: ClassVar[bool] = False
 
     batch_size: int = Field(8, gt=0)
     """Prompts an optimizer step sees, over all ranks: of rankings of K, batch_size × K completions."""

@@ -87,7 +87,7 @@ class SimPO(GradientMethod):
         from trl.experimental.cpo import CPOConfig, CPOTrainer
 
         from rlhf_nb.training import data, models
-        from rlhf_nb.training.arguments import lora_config, training_arguments
+        from rlhf_nb.training.arguments import lora_config, model_arguments, training_arguments
         from rlhf_nb.training.control import BoundCoefficient
         from rlhf_nb.training.sampling import Sampler
         from rlhf_nb.training.trainer import SteeredTrainer
@@ -98,9 +98,9 @@ class SimPO(GradientMethod):
         context.emit.stage("tokenizing rows")
         trainer = CPOTrainer(
             # A model: from a directory TRL would load it with device_map="auto", which splits it over all devices.
-            model=models.load_model(policy),
+            model=models.load_model(policy, **model_arguments(context)),
             args=CPOConfig(
-                **training_arguments(context),
+                **training_arguments(context, reads_model=False),
                 max_length=max_length,
                 loss_type="simpo",
                 cpo_alpha=self.cpo_alpha,

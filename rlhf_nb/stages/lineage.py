@@ -6,14 +6,17 @@ import html
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_nb import registry
 from rlhf_nb.errors import NotFoundError
 from rlhf_nb.protocol.spec import (
     BlobData,
+    Endpoint,
     FunctionReward,
     HubModel,
+    ModelJudge,
     ModelReward,
     NamedData,
     NamedModel,
@@ -113,9 +116,13 @@ def _below(node: Node, seen: set[tuple[str, str, str]], indent: str = "") -> lis
     return lines
 
 
-def lineage(workspace: Workspace, of: Any) -> Node:
-    """The tree above a run, a model or a data set; see `Workspace.lineage`."""
-    reader = _Reader(workspace)
+def lineage(workspace: Workspace, of: Any, *, public: bool = False) -> Node:
+    """The tree above a run, a model or a data set; see `Workspace.lineage`.
+
+    Args:
+        public: For eyes outside: no names of people, and no directories of this machine.
+    """
+    reader = _Reader(workspace, public)
     if is_run(of):
         return reader.run(of.id)
     if hasattr(of, "content_hash") and hasattr(of, "made_from"):
@@ -125,7 +132,7 @@ def lineage(workspace: Workspace, of: Any) -> Node:
         return reader.run(of)
     data = {*NAMED_DATA, *(record.name for record in workspace.store.datasets()), *workspace.store.queues()}
     if isinstance(of, str) and of in data and of not in NAMED_MODELS:
-        return lineage(workspace, workspace.dataset(of))
+        return lineage(workspace, workspace.dataset(of), public=public)
     return reader.model(resolve_model(workspace, of, verb="lineage", role="model"), "")
 
 
@@ -151,8 +158,8 @@ def _key(name: str, content_hash: str) -> str:
 
 
 class _Reader:
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
+    def __init__(self, workspace: Workspace, public: bool) -> None:
+        self.workspace, self.public = workspace, public
         self._runs: dict[str, Node] = {}
 
     def run(self, run_id: str, relation: str = "") -> Node:
@@ -177,7 +184,7 @@ class _Reader:
         later = [edge.parent for edge in store.lineage(run_id) if edge.child == run_id and edge.relation == "model"]
         parents += [self.run(name, "reward, put in while it trained") for name in later if name not in named]
         what = f"{spec.method}{_settings(spec)} · {self.workspace.store_state(run_id)}"
-        if spec.who:
+        if spec.who and not self.public:
             what += f" · {spec.who}"
         return Node(run_id, "run", "", what, content_hash, tuple(parents))
 
@@ -187,6 +194,8 @@ class _Reader:
         for role in ("reward", "gold"):
             for part in reward_parts(getattr(spec, role)):
                 yield self._reward(part.reward, role if part.weight == 1 else f"{role} ×{part.weight:g}")
+        if spec.judge is not None:
+            yield self._judge(spec.judge)
         for role in ("data", "held_out", "pretraining"):
             for each in data_parts(getattr(spec, role)):
                 yield self._data(each.data, role.replace("_", "-"))
@@ -204,7 +213,8 @@ class _Reader:
             case NamedModel(name=name):
                 return Node(name, "model", relation, "ships with the package")
             case PathModel(path=path):
-                return Node(path, "model", relation, "a directory on the compute host")
+                name = describe(reference) if self.public else path
+                return Node(name, "model", relation, "a directory on the compute host")
             case HubModel(repo_id=repo_id, revision=revision):
                 return Node(repo_id, "model", relation, f"from the hub, revision {revision or 'newest'}")
         raise TypeError(f"{reference!r} is no model reference")
@@ -221,6 +231,12 @@ class _Reader:
                     name, "reward", relation, f"a function, {len(source.splitlines())} lines, kept with the run"
                 )
         return Node(describe(reference), "reward", relation)
+
+    def _judge(self, reference: Any) -> Node:
+        if isinstance(reference, ModelJudge):
+            return self.model(reference.model, "judge")
+        where = "a chat model behind an address" if isinstance(reference, Endpoint) else "simulated"
+        return Node(describe(reference), "model", "judge", where)
 
     def _data(self, reference: Any, relation: str) -> Node:
         match reference:
@@ -250,10 +266,11 @@ class _Reader:
         parents, how = [], ""
         for edge in edges:
             above, _, mark = edge.parent.rpartition("#")
-            how = edge.relation
+            how = "from labels" if self.public and mark == "labels" else edge.relation
             parents.append(self._labels(above) if mark == "labels" else self.rows(above, mark, "made from"))
         if record is not None:
-            how = f"{record.summary}; {record.source}, {record.created[:10]}" if record.source else record.summary
+            source = Path(record.source).name if self.public else record.source
+            how = f"{record.summary}; {source}, {record.created[:10]}" if source else record.summary
         return Node(name, "data", relation, how, full, tuple(parents), lambda: store.get_rows(full))
 
     def _labels(self, queue: str) -> Node:
@@ -261,6 +278,7 @@ class _Reader:
         labels = store.labels(queue)
         by = Counter(each.label.annotator for each in labels)
         who = ", ".join(f"{annotator} ({count:,})" for annotator, count in sorted(by.items()))
+        who = f"{len(by)} annotator{'s' * (len(by) != 1)}" if self.public else who
         simulated = sorted({str(name) for each in labels if (name := each.label.provenance.get("simulated"))})
         what = f"{len(labels):,} standing labels by {who}" + (
             f"; simulated: {', '.join(simulated)}" if simulated else ""
@@ -278,7 +296,15 @@ def _settings(spec: RunSpec) -> str:
         return ""
     fields = registry.methods.get(spec.method).model_fields
     told = [
-        f"{knob}={value}" for knob, value in spec.config.items() if knob in fields and fields[knob].default != value
+        f"{knob}={_short(value)}"
+        for knob, value in spec.config.items()
+        if knob in fields and fields[knob].default != value
     ]
     told += [f"adapter r={spec.adapter.r}"] if spec.adapter is not None else []
     return f" ({', '.join(told)})" if told else ""
+
+
+def _short(value: Any) -> str:
+    """A knob as it fits into a line; a constitution by its name."""
+    text = str(value.get("name", value)) if isinstance(value, dict) else str(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"

@@ -87,7 +87,7 @@ def train(
     )
     if spec.adapter is not None and spec.adapter.quantize != "none" and not method.quantizes:
         raise SpecError(
-            f"{verb}: adapter quantize={spec.adapter.quantize} is for ppo so far; use quantize=none with {verb}"
+            f"{verb}: adapter quantize={spec.adapter.quantize}: {verb} trains on a base in full; use quantize=none"
         )
     method.check(spec)
     try_rewards(workspace, spec, timeout=min(TRIAL_S, getattr(method, "reward_timeout", 0) or TRIAL_S))

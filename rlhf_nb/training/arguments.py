@@ -13,11 +13,16 @@ if TYPE_CHECKING:
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor"}
 
 
-def training_arguments(context: Context) -> dict[str, Any]:
-    """What every trainer of transformers gets. A plain script with these arguments takes the very same steps."""
+def training_arguments(context: Context, *, reads_model: bool = True) -> dict[str, Any]:
+    """What every trainer of transformers gets. A plain script with these arguments takes the very same steps.
+
+    Args:
+        reads_model: The trainer reads the model from its directory, so that it must be told in how many bits.
+    """
     method = context.method
     assert isinstance(method, GradientMethod)
-    return {
+    model = {"model_init_kwargs": model_arguments(context)} if reads_model and quantization(context) != "none" else {}
+    return model | {
         "output_dir": str(context.run_dir / "checkpoints" / checkpoints.SCRATCH),
         "max_steps": method.max_steps,
         "seed": method.seed,
@@ -42,6 +47,21 @@ def training_arguments(context: Context) -> dict[str, Any]:
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": not context.use_cpu,
     }
+
+
+def quantization(context: Context) -> str:
+    """`none`, or how many bits the base of the run's adapter is held in."""
+    return context.spec.adapter.quantize if context.spec.adapter is not None else "none"
+
+
+def model_arguments(context: Context) -> dict[str, Any]:
+    """What `models.load_model`, or a trainer that reads the model itself, is told beside its directory."""
+    import torch
+
+    from rlhf_nb.training.models import in_4_bit
+
+    dtype = torch.bfloat16 if getattr(context.method, "precision", "fp32") == "bf16" else torch.float32
+    return {"dtype": dtype, **in_4_bit(dtype)} if quantization(context) == "4bit" else {}
 
 
 def lora_config(context: Context, task_type: str, **kwargs: Any) -> Any:

@@ -19,8 +19,8 @@ from rlhf_nb.errors import ComputeError, SpecError
 from rlhf_nb.methods.base import Method
 from rlhf_nb.protocol.events import CoefficientChanged, ModelSaved, Resumed, RewardReplaced, Started, TrainingEnded
 from rlhf_nb.protocol.fold import RunFold
-from rlhf_nb.protocol.spec import RunSpec, data_parts
-from rlhf_nb.training import checkpoints, distributed, models
+from rlhf_nb.protocol.spec import RunSpec, data_parts, describe
+from rlhf_nb.training import adapters, checkpoints, distributed, models
 from rlhf_nb.training.context import Context, Emitter
 from rlhf_nb.training.control import ControlLoop
 from rlhf_nb.training.data import embedded_rows, kind_of, load_rows
@@ -229,15 +229,16 @@ def _context(
     attempt: int,
     resume_from: Path | None,
 ) -> Context:
-    if spec.data is None:
+    if spec.data is None and method.rows:
         raise SpecError(f"{spec.method}: no data; give data=, or prompts= for a method that samples")
     emit.stage("reading rows")
-    row_kind = method.rows_in(kind_of(data_parts(spec.data)[0].data))
-    sources = [load_rows(part.data, blobs, row_kind, runs_root=runs_root) for part in data_parts(spec.data)]
-    for part in data_parts(spec.data):
+    parts = data_parts(spec.data)
+    row_kind = method.rows_in(kind_of(parts[0].data)) if parts else ""
+    sources = [load_rows(part.data, blobs, row_kind, runs_root=runs_root) for part in parts]
+    for part in parts:
         if converted := getattr(part.data, "converted", ""):
             emit.notice("rows_converted", converted)
-    mixture = [(len(rows), part.weight) for rows, part in zip(sources, data_parts(spec.data), strict=True)]
+    mixture = [(len(rows), part.weight) for rows, part in zip(sources, parts, strict=True)]
     return Context(
         spec=spec,
         method=method,
@@ -280,7 +281,7 @@ def _train(context: Context, place: RunDir) -> None:
 
 def save(trainer: Any, context: Context, place: RunDir, step: int) -> None:
     """Write `model/` whole or not at all."""
-    scratch = place.path / "model.tmp"
+    scratch, spec = place.path / "model.tmp", context.spec
     if context.is_main:
         shutil.rmtree(scratch, ignore_errors=True)
     distributed.barrier()
@@ -289,6 +290,8 @@ def save(trainer: Any, context: Context, place: RunDir, step: int) -> None:
         distributed.barrier()
         if not context.is_main:
             return
+        if spec.adapter is not None and spec.policy is not None:
+            adapters.note_base(scratch / "adapter", describe(spec.policy), context.model_path(spec.policy))
         if place.model.exists():
             shutil.rmtree(place.model)
         os.replace(scratch, place.model)

@@ -117,29 +117,11 @@ def _full_model(path: Path, emit: Emitter) -> str:
     target = cache_dir() / f"merged-{key}"
     with once(target) as scratch:
         if scratch is not None:
+            from rlhf_nb.training import adapters
+
             emit.stage(f"merging adapter {path.name}")
-            _merge(Path(base_path), path, scratch)
+            adapters.merge(Path(base_path), path, scratch)
     return str(target)
-
-
-def _merge(base: Path, adapter: Path, target: Path) -> None:
-    from peft import PeftModel
-
-    model = load_model(str(base))
-    try:
-        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError) as error:
-        # torch lists every mismatched tensor on its own line; the first says enough.
-        first = next(
-            (line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error).splitlines()[0]
-        )
-        raise SpecError(
-            f'adapter "{adapter.name}" does not fit its base "{base.name}" ({first[:160]}); '
-            f"it was trained on another base"
-        ) from None
-    merged.save_pretrained(target)
-    tokenizer_from = adapter if (adapter / "tokenizer_config.json").exists() else base
-    load_tokenizer(str(tokenizer_from)).save_pretrained(target)
 
 
 @contextmanager
@@ -233,7 +215,7 @@ def load_model(path: str, architecture: Any = None, *, quantize: str = "none", *
     refuse_ensemble(path)
     kwargs.setdefault("dtype", torch.float32)
     if quantize == "4bit":
-        kwargs |= _in_4_bit(kwargs["dtype"])
+        kwargs |= in_4_bit(kwargs["dtype"])
     return (architecture or AutoModelForCausalLM).from_pretrained(
         path, trust_remote_code=False, use_safetensors=True, **kwargs
     )
@@ -253,7 +235,12 @@ def refuse_ensemble(path: str) -> None:
         )
 
 
-def _in_4_bit(dtype: Any) -> dict[str, Any]:
+def in_4_bit(dtype: Any) -> dict[str, Any]:
+    """What `from_pretrained` takes to read a model's linear layers into NF4, on this rank's accelerator.
+
+    Raises:
+        SpecError: Without bitsandbytes, or on a device where no gradient goes through its layers.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 

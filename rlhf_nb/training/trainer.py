@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb.compute.rundir import storage_errors
-from rlhf_nb.training import checkpoints, distributed
+from rlhf_nb.training import adapters, checkpoints, distributed
 from rlhf_nb.training.callback import Steering
 from rlhf_nb.training.control import BoundCoefficient
 
@@ -80,7 +80,11 @@ class SteeredTrainer:
             return
         model = accelerator.unwrap_model(trainer.model)
         if self.context.spec.adapter is not None:
-            model.save_pretrained(str(Path(directory) / "adapter"), state_dict=weights)
+            adapter = Path(directory) / "adapter"
+            model.save_pretrained(str(adapter), state_dict=weights)
+            if self.context.spec.adapter.quantize != "none":
+                # Merged into the packed weights it would be rounded with them.
+                model = adapters.on_base(self.context.model_path(self.context.spec.policy), adapter, model)
             model, weights = model.merge_and_unload(), None
         model.save_pretrained(directory, state_dict=weights)
         trainer.processing_class.save_pretrained(directory)

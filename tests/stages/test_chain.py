@@ -12,6 +12,10 @@ STAGES = {
     # Only the first one learns: what comes out at the end shows what every later stage began with.
     "sft": (rl.SFT(**{**FEW, "learning_rate": 1e-2}), {"data": ("demonstrations", demonstrations(4))}),
     "dpo": (rl.DPO(**{**FEW, "learning_rate": 0.0}), {"data": ("pairs", pairs(4))}),
+    "grpo": (
+        rl.GRPO(**{**FEW, "learning_rate": 0.0, "max_new_tokens": 4, "rollout_batch_size": 2, "group_size": 2}),
+        {"prompts": ("prompts", prompts(4)), "reward": "toy-true"},
+    ),
     "ppo": (
         rl.PPO(**{**FEW, "learning_rate": 0.0, "max_new_tokens": 4, "rollout_batch_size": 2, "num_ppo_epochs": 1}),
         {"prompts": ("prompts", prompts(4)), "reward": "toy-true"},
@@ -49,3 +53,11 @@ def test_each_stage_takes_the_last_ones_saved_model_and_the_lineage_names_them_a
         assert {node.name for node in ws.lineage(model).walk() if node.kind == "data"} >= {
             f"{name}-rows" for name in STAGES
         }
+        out = ws.export(model, tmp_path / "exported", timeout=240)
+        assert load_file(tmp_path / "exported" / "model.safetensors").keys() == first.keys()
+        assert set(out.files) == {path.name for path in (tmp_path / "exported").iterdir()}
+        text = (tmp_path / "exported" / "README.md").read_text()
+        assert all(f"{name}-rows" in text and f"policy {name}-1" in text for name in list(STAGES)[:-1])
+        # A card goes out into the world: no name of a person, no directory of this machine.
+        assert ws.who not in text and str(tmp_path) not in text and str(tiny_model.parent) not in text
+        assert ws.who in str(ws.lineage(model))

@@ -100,6 +100,14 @@ def test_rows_made_by_a_run_lead_to_its_model_and_prompts(ws, tmp_path):
     assert "keep=best" in node.what
 
 
+def test_a_judge_and_its_constitution_are_named(ws):
+    judged = ws.judge("toy-pairs", judge="toy-annotator", constitution="toy-town")
+    tuned = ws.train(rl.DPO(), policy="toy", data=judged)
+    node = ws.lineage(tuned).find("judge-1")
+    assert [(each.relation, each.name) for each in node.parents] == [("judge", "toy-annotator"), ("data", "toy-pairs")]
+    assert "constitution=toy-town" in node.what and len(node.what) < 200
+
+
 def test_models_that_no_run_made_and_data_that_nobody_trained_on_have_a_lineage_too(ws, tmp_path):
     assert [node.name for node in ws.lineage("toy-sft").parents] == ["toy", "toy-demonstrations"]
     assert ws.lineage("someone/model").what == "from the hub, revision newest"

@@ -66,6 +66,12 @@ def test_an_adapter_of_another_base_is_refused(job, resolve, tiny_model_maker):
     file = place.model / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "base_model_name_or_path": str(wide)}))
+    with pytest.raises(
+        SpecError, match=r'adapter "adapter" was trained on "tiny" and the base here, .*wide, has other'
+    ):
+        resolve(PathModel(path=str(file.parent)))
+    # As other programs leave adapters, without a word on whose they are.
+    (file.parent / "base.json").unlink()
     with pytest.raises(SpecError, match=r'adapter "adapter" does not fit its base "wide" \(size mismatch') as caught:
         resolve(PathModel(path=str(file.parent)))
     assert "\n" not in str(caught.value)
