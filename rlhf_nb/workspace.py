@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlhf_nb.methods.base import Method
     from rlhf_nb.run import Run
     from rlhf_nb.stages.evaluate import Evaluation
+    from rlhf_nb.stages.iterate import Iteration
     from rlhf_nb.stages.lineage import Node
     from rlhf_nb.stages.tables import Table
     from rlhf_nb.store import Store
@@ -382,6 +383,57 @@ class Workspace:
             title=title,
             **settings,
         )
+
+    def iterate(
+        self,
+        method: Method,
+        *,
+        policy: Any,
+        prompts: Any,
+        rounds: int = 3,
+        reward: Any = None,
+        n: int | None = None,
+        prompts_per_round: int | None = None,
+        adapter: LoRA | None = None,
+        launch: str | None = None,
+        name: str = "",
+        **sampling: Any,
+    ) -> Iteration:
+        """Rounds of sample, label and train, the policy of each the start and the reference of the next.
+
+        Returns at once. With a reward all rounds are submitted, each run waiting for the one before. Without one people
+        label: `.wait()` comes back when a round's pairs are there, `.label()` asks for them, `.advance()` goes on.
+
+        Args:
+            method: One that trains on pairs: `rl.DPO(...)`, `rl.ORPO(...)`, `rl.SimPO(...)`.
+            reward: Orders the completions: the best and the worst of `n` make a pair. None: people compare them.
+            n: Completions of each prompt; 4 with a reward, 2 for people.
+            prompts_per_round: None uses all prompts in each round.
+            name: Of an iteration that exists: goes on with it, where the settings are the same.
+            sampling: `temperature`, `max_new_tokens`, `seed`, `batch_size`, as `generate` takes them.
+        """
+        from rlhf_nb.stages.iterate import iterate
+
+        return iterate(
+            self,
+            method,
+            policy=policy,
+            prompts=prompts,
+            rounds=rounds,
+            reward=reward,
+            n=n,
+            prompts_per_round=prompts_per_round,
+            adapter=adapter,
+            launch=launch,
+            name=name,
+            **sampling,
+        )
+
+    def iteration(self, name: str) -> Iteration:
+        """An iteration by name, from any process."""
+        from rlhf_nb.stages.iterate import iteration
+
+        return iteration(self, name)
 
     def run(self, run_id: str) -> Run:
         """A run's handle by id, from any process.
