@@ -392,6 +392,9 @@ class Workspace:
         prompts: Any,
         rounds: int = 3,
         reward: Any = None,
+        judge: Any = None,
+        constitution: str | None = None,
+        principle: str = "",
         n: int | None = None,
         prompts_per_round: int | None = None,
         adapter: LoRA | None = None,
@@ -401,12 +404,13 @@ class Workspace:
     ) -> Iteration:
         """Rounds of sample, label and train, the policy of each the start and the reference of the next.
 
-        Returns at once. With a reward all rounds are submitted, each run waiting for the one before. Without one people
-        label: `.wait()` comes back when a round's pairs are there, `.label()` asks for them, `.advance()` goes on.
+        Returns at once. With a reward or a judge all rounds are submitted, each run waiting for the one before. Without
+        people label: `.wait()` comes back when a round's pairs are there, `.label()` asks, `.advance()` goes on.
 
         Args:
             method: One that trains on pairs: `rl.DPO(...)`, `rl.ORPO(...)`, `rl.SimPO(...)`.
-            reward: Orders the completions: the best and the worst of `n` make a pair. None: people compare them.
+            reward: Orders the completions: the best and the worst of `n` make a pair. judge: Compares them two by
+                two, as `judge` does, under a `constitution` or `principle`. Neither: people compare them.
             n: Completions of each prompt; 4 with a reward, 2 for people.
             prompts_per_round: None uses all prompts in each round.
             name: Of an iteration that exists: goes on with it, where the settings are the same.
@@ -421,6 +425,9 @@ class Workspace:
             prompts=prompts,
             rounds=rounds,
             reward=reward,
+            judge=judge,
+            constitution=constitution,
+            principle=principle,
             n=n,
             prompts_per_round=prompts_per_round,
             adapter=adapter,

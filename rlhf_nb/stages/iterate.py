@@ -4,9 +4,9 @@ Iterative DPO: Xu et al. 2023, arXiv:2312.16682; Yuan et al. 2024, arXiv:2401.10
 Each round's reference is the policy it starts from, so that the tether moves along.
 
 Nothing of it lives in memory. The plan is kept in the workspace under the iteration's name, and a round is its runs,
-known by their titles: any process finds an iteration where it is, and submits what is still missing. With a reward all
-rounds are submitted at once, each run waiting for the one before, with no notebook open. Where people label, a round
-stops for them.
+known by their titles: any process finds an iteration where it is, and submits what is still missing. With a reward or a
+judge all rounds are submitted at once, each run waiting for the one before, with no notebook open. Where people label,
+a round stops for them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rlhf_nb.protocol.spec import (
     BlobData,
     DataRef,
     Frozen,
+    JudgeRef,
     Launch,
     LoRA,
     MixedData,
@@ -36,6 +37,7 @@ from rlhf_nb.protocol.spec import (
     RunSpec,
 )
 from rlhf_nb.stages.import_data import LABELS
+from rlhf_nb.stages.judge import resolve_judge
 from rlhf_nb.stages.resolve import resolve_data, resolve_model, resolve_reward
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from rlhf_nb.workspace import Workspace
 
 _TITLE = "{name} · round {number} · {part}"
-ROWS, POLICY = "rows", "policy"
+ROWS, LABELLED, POLICY = "rows", "labels", "policy"
 
 
 class Plan(Frozen):
@@ -62,7 +64,10 @@ class Plan(Frozen):
     prompts: tuple[DataRef, ...]
     """Of each round."""
     reward: RewardRef | None = None
-    """None: people label."""
+    judge: JudgeRef | None = None
+    """Neither: people label."""
+    constitution: str | None = None
+    principle: str = ""
     adapter: LoRA | None = None
     launch: str | None = None
 
@@ -73,12 +78,18 @@ class Plan(Frozen):
     def rounds(self) -> int:
         return len(self.prompts)
 
+    @property
+    def by_people(self) -> bool:
+        return self.reward is None and self.judge is None
+
 
 @dataclass(frozen=True)
 class Round:
     number: int
     rows: Run | None = None
-    """Samples the pairs; None until it is submitted."""
+    """Samples; None until it is submitted."""
+    labels: Run | None = None
+    """Where a judge labels: its answers, as pairs."""
     policy: Run | None = None
     """Trains on them."""
 
@@ -91,6 +102,9 @@ def iterate(
     prompts: Any,
     rounds: int = 3,
     reward: Any = None,
+    judge: Any = None,
+    constitution: str | None = None,
+    principle: str = "",
     n: int | None = None,
     prompts_per_round: int | None = None,
     adapter: LoRA | None = None,
@@ -108,6 +122,10 @@ def iterate(
     for knob in ("keep", "drop_ties"):
         if knob in sampling:
             raise SpecError(f"iterate: {knob} is not yours to set: a round keeps the best and the worst of each prompt")
+    if reward is not None and judge is not None:
+        raise SpecError("iterate: reward and judge both order the completions; give one of them")
+    if judge is None and (constitution or principle):
+        raise SpecError("iterate: a constitution or a principle is a judge's; give --judge")
     sampling = {"n": n or (4 if reward is not None else 2), **sampling}
     checked = registry.methods.get("generate").create(**sampling)
     if checked.n < 2:
@@ -121,6 +139,9 @@ def iterate(
         policy=resolve_model(workspace, policy, verb="iterate", role="policy"),
         prompts=_shares(workspace, data, rounds, prompts_per_round, seed=checked.seed),
         reward=resolve_reward(workspace, reward, verb="iterate") if reward is not None else None,
+        judge=resolve_judge(workspace, judge, verb="iterate") if judge is not None else None,
+        constitution=constitution,
+        principle=principle,
         adapter=adapter,
         launch=launch,
     )
@@ -229,7 +250,7 @@ class Iteration:
         wanted = {
             self.plan.title(number, part): (number, part)
             for number in range(1, self.plan.rounds + 1)
-            for part in (ROWS, POLICY)
+            for part in (ROWS, LABELLED, POLICY)
         }
         for run_id in self.workspace.run_ids():
             title = self.workspace.spec(run_id).label_as
@@ -237,14 +258,14 @@ class Iteration:
                 # Two processes that went on at once may have submitted it twice: the first counts.
                 found.setdefault(title, self.workspace.run(run_id))
         return [
-            Round(number, *(found.get(self.plan.title(number, part)) for part in (ROWS, POLICY)))
+            Round(number, *(found.get(self.plan.title(number, part)) for part in (ROWS, LABELLED, POLICY)))
             for number in range(1, self.plan.rounds + 1)
         ]
 
     @property
     def runs(self) -> list[Run]:
         """Those submitted so far, in the order in which they run."""
-        return [run for each in self.rounds for run in (each.rows, each.policy) if run is not None]
+        return [run for each in self.rounds for run in (each.rows, each.labels, each.policy) if run is not None]
 
     @property
     def model(self) -> RunModel:
@@ -260,9 +281,10 @@ class Iteration:
 
     @property
     def state(self) -> str:
-        """sampling | labelling | training | finished | failed | stopped, of the first round that is not over."""
+        """sampling | judging | labelling | training | finished | failed | stopped: of the first round not over."""
         for each in self.rounds:
-            for run, doing in ((each.rows, "sampling"), (each.policy, "training")):
+            judged = ((each.labels, "judging"),) if self.plan.judge is not None else ()
+            for run, doing in ((each.rows, "sampling"), *judged, (each.policy, "training")):
                 if run is None:
                     return "labelling" if self._open_labels(each) else doing
                 if run.state in ("failed", "stopped") and not (run.state == "stopped" and run.fold.model is not None):
@@ -281,7 +303,16 @@ class Iteration:
             trained = each.policy
             if trained is None:
                 data: Any = rows
-                if plan.reward is None:
+                if plan.judge is not None:
+                    data = each.labels or workspace.judge(
+                        rows,
+                        judge=plan.judge,
+                        constitution=plan.constitution,
+                        principle=plan.principle,
+                        launch=plan.launch,
+                        title=plan.title(each.number, LABELLED),
+                    )
+                elif plan.by_people:
                     if self._open_labels(Round(each.number, rows)):
                         return self
                     data = workspace.dataset(rows.id + LABELS)
@@ -314,7 +345,7 @@ class Iteration:
 
     def _open_labels(self, each: Round) -> bool:
         """People have yet to compare pairs of a round, or there are none to compare yet."""
-        if self.plan.reward is not None or each.rows is None or each.policy is not None:
+        if not self.plan.by_people or each.rows is None or each.policy is not None:
             return False
         queue = each.rows.id + LABELS
         if queue not in self.workspace.store.queues():
@@ -377,7 +408,8 @@ class Iteration:
         return Table(["round", "rows", "pairs", "score before", "policy", "state"], rows, lines=[repr(self)[1:-1]])
 
     def _line(self, each: Round) -> dict[str, Any]:
-        made = each.rows.fold.data if each.rows is not None else None
+        source = each.labels if self.plan.judge is not None else each.rows
+        made = source.fold.data if source is not None else None
         results = each.rows.fold.results if each.rows is not None else []
         score = next((result.value for result in results if result.detail.get("best_of") == 1), None)
         last = each.policy or each.rows
@@ -394,5 +426,5 @@ class Iteration:
         return self.table()._repr_html_()
 
     def __repr__(self) -> str:
-        by = "people" if self.plan.reward is None else "a reward"
+        by = "people" if self.plan.by_people else "a judge" if self.plan.judge is not None else "a reward"
         return f"<{self.name}: {self.plan.rounds} rounds of {self.plan.method}, pairs by {by}; {self.state}>"

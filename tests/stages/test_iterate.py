@@ -106,6 +106,8 @@ def test_a_round_waits_for_people_and_trains_on_what_they_said(tmp_path, tiny_mo
         (rl.DPO(), {"temperatur": 1}, 'did you mean "temperature"'),
         (rl.DPO(label_smoothing=0.1), {}, "label_smoothing=0.1 is not read by loss_type=sigmoid"),
         (rl.DPO(), {"prompts_per_round": 0}, "prompts_per_round=0: give 1 or more"),
+        (rl.DPO(), {"reward": "toy-true", "judge": "toy-annotator"}, "reward and judge both order the completions"),
+        (rl.DPO(), {"principle": "Which is kinder?"}, "a constitution or a principle is a judge's"),
         (rl.DPO(), {"prompts": {"toy-prompts": 1, "toy-pairs": 1}}, "shares mean nothing"),
     ],
 )
