@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from rlhf_nb.methods.base import Method
     from rlhf_nb.run import Run
     from rlhf_nb.stages.evaluate import Evaluation
+<<<<<<< HEAD
     from rlhf_nb.stages.export import Exported
+=======
+    from rlhf_nb.stages.iterate import Iteration
+>>>>>>> 1c86868304c869c97efecb179a347b70df240c2c
     from rlhf_nb.stages.lineage import Node
     from rlhf_nb.stages.tables import Table
     from rlhf_nb.store import Store
@@ -384,6 +388,7 @@ class Workspace:
             **settings,
         )
 
+<<<<<<< HEAD
     def export(
         self,
         model: Any,
@@ -405,6 +410,65 @@ class Workspace:
         from rlhf_nb.stages.export import export
 
         return export(self, model, directory, form=form, push=push, private=private, timeout=timeout)
+=======
+    def iterate(
+        self,
+        method: Method,
+        *,
+        policy: Any,
+        prompts: Any,
+        rounds: int = 3,
+        reward: Any = None,
+        judge: Any = None,
+        constitution: str | None = None,
+        principle: str = "",
+        n: int | None = None,
+        prompts_per_round: int | None = None,
+        adapter: LoRA | None = None,
+        launch: str | None = None,
+        name: str = "",
+        **sampling: Any,
+    ) -> Iteration:
+        """Rounds of sample, label and train, the policy of each the start and the reference of the next.
+
+        Returns at once. With a reward or a judge all rounds are submitted, each run waiting for the one before. Without
+        people label: `.wait()` comes back when a round's pairs are there, `.label()` asks, `.advance()` goes on.
+
+        Args:
+            method: One that trains on pairs: `rl.DPO(...)`, `rl.ORPO(...)`, `rl.SimPO(...)`.
+            reward: Orders the completions: the best and the worst of `n` make a pair. judge: Compares them two by
+                two, as `judge` does, under a `constitution` or `principle`. Neither: people compare them.
+            n: Completions of each prompt; 4 with a reward, 2 for people.
+            prompts_per_round: None uses all prompts in each round.
+            name: Of an iteration that exists: goes on with it, where the settings are the same.
+            sampling: `temperature`, `max_new_tokens`, `seed`, `batch_size`, as `generate` takes them.
+        """
+        from rlhf_nb.stages.iterate import iterate
+
+        return iterate(
+            self,
+            method,
+            policy=policy,
+            prompts=prompts,
+            rounds=rounds,
+            reward=reward,
+            judge=judge,
+            constitution=constitution,
+            principle=principle,
+            n=n,
+            prompts_per_round=prompts_per_round,
+            adapter=adapter,
+            launch=launch,
+            name=name,
+            **sampling,
+        )
+
+    def iteration(self, name: str) -> Iteration:
+        """An iteration by name, from any process."""
+        from rlhf_nb.stages.iterate import iteration
+
+        return iteration(self, name)
+>>>>>>> 1c86868304c869c97efecb179a347b70df240c2c
 
     def run(self, run_id: str) -> Run:
         """A run's handle by id, from any process.

@@ -17,7 +17,7 @@ Item = dict[str, Any]
 
 
 def pair_items(rows: Iterable[Mapping[str, Any]], kind: str) -> list[Item]:
-    """Items from the rows of a data set: one a pair, one for every two completions of a ranking.
+    """Items from the rows of a data set: one a pair, one for every two completions of a ranking or of one prompt.
 
     Raises:
         DataError: rows of a kind that holds no two completions of a prompt.
@@ -36,9 +36,15 @@ def pair_items(rows: Iterable[Mapping[str, Any]], kind: str) -> list[Item]:
             for row in rows
             for i, j in combinations(range(len(row["completions"])), 2)
         ]
-    raise DataError(
-        f"{kind} hold no two completions of a prompt to compare; label pairs or rankings, or sample two models"
-    )
+    if kind == "completions":
+        return [
+            _item(row["prompt"], row["completions"][i], row["completions"][j], f"completion {i}", f"completion {j}")
+            for row in rows
+            for i, j in combinations(range(len(row["completions"])), 2)
+            # Nothing to choose between.
+            if row["completions"][i].strip() != row["completions"][j].strip()
+        ]
+    raise DataError(f"{kind} hold no two completions of a prompt to compare; label pairs, rankings or completions")
 
 
 def model_items(prompts: Sequence[Any], one: Sequence[str], other: Sequence[str], names: tuple[str, str]) -> list[Item]:

@@ -281,6 +281,38 @@ def _constitutional(ws: Workspace, args: argparse.Namespace) -> Run:
     return _show(made)
 
 
+def _iterate(ws: Workspace, args: argparse.Namespace) -> Any:
+    from rlhf_nb import registry
+    from rlhf_nb.protocol.spec import LoRA
+
+    if args.policy is None:
+        if not args.name:
+            raise SpecError("iterate: no policy to start from; give --policy and --prompts, or --name to go on")
+        found = ws.iteration(args.name).resume()
+    else:
+        found = ws.iterate(
+            registry.methods.get(args.method).create(**parser.assignments(args.set, args.method)),
+            policy=args.policy,
+            prompts=args.prompts,
+            reward=args.reward,
+            judge=_who(args),
+            constitution=args.constitution,
+            principle=args.principle,
+            rounds=args.rounds,
+            n=args.n,
+            prompts_per_round=args.prompts_per_round,
+            adapter=LoRA() if args.adapter else None,
+            launch=args.launch,
+            name=args.name,
+            **parser.assignments(args.sampling, "iterate"),
+        )
+    if found.state == "labelling" and found.rows_are_there:
+        from rlhf_nb.ui import show_labeller
+
+        show_labeller(found.label())
+    return found
+
+
 def _pending(word: str) -> Callable[[Workspace, argparse.Namespace], Any]:
     def act(ws: Workspace, args: argparse.Namespace) -> Any:
         run = _run(ws, args.run)
@@ -301,6 +333,7 @@ _CALLS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
     "refit": _refit,
     "judge": _judge,
     "constitutional": _constitutional,
+    "iterate": _iterate,
     "models": lambda ws, args: ws.models(),
     "data": lambda ws, args: ws.datasets(),
     "runs": lambda ws, args: ws.runs(),

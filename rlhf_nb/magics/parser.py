@@ -59,7 +59,7 @@ def _train(name: str) -> Callable[[], Words]:
         words.add_argument("--data", "--prompts", dest="data", metavar="DATA")
         if method.needs_reward:
             words.add_argument("--reward", metavar="REWARD", help="what is optimised")
-            words.add_argument("--gold", metavar="REWARD", help="only plotted")
+        words.add_argument("--gold", metavar="REWARD", help="only plotted")
         if "ptx_coef" in method.model_fields:
             words.add_argument("--pretraining", metavar="DATA", help="demonstrations that ptx_coef keeps up")
         words.add_argument("--adapter", choices=["lora"])
@@ -192,6 +192,26 @@ _VERBS: dict[str, Callable[[], Words]] = {
         _arg("--judge", metavar="MODEL", help="who criticises, revises or compares; default: the policy itself"),
         *_ENDPOINT,
         *_JOB,
+    ),
+    "iterate": _make(
+        "iterate",
+        "Rounds of sample, label, train: iterative DPO. Without --policy, go on with --name.",
+        _arg("--name", metavar="NAME", default="", help="of an iteration that exists: go on with it"),
+        _arg("--policy", "--base", dest="policy", metavar="MODEL"),
+        _arg("--prompts", "--data", dest="prompts", metavar="DATA"),
+        _arg("--reward", metavar="REWARD", help="orders the completions; without it or a judge people label"),
+        _arg("--judge", metavar="MODEL", help="compares them: a chat model, or toy-annotator"),
+        *_ENDPOINT,
+        _arg("--constitution", metavar="FILE", help="of the judge"),
+        _arg("--principle", default="", metavar="WORDS", help="of the judge"),
+        _arg("--rounds", type=int, default=3),
+        _arg("--n", type=int, help="completions of each prompt; 4 with a reward, 2 for people"),
+        _arg("--prompts-per-round", type=int, metavar="N", help="default: all of them"),
+        _arg("--method", choices=["dpo", "orpo", "simpo"], default="dpo"),
+        _arg("--adapter", choices=["lora"]),
+        _arg("--launch", metavar="FLAGS", help="accelerate launch flags for its runs"),
+        _arg("--set", nargs="+", action="extend", metavar="key=value", help="knobs of the method"),
+        _arg("--sampling", nargs="+", action="extend", metavar="key=value", help="temperature, max_new_tokens, seed …"),
     ),
     "models": _make("models", "Models that resolve by name."),
     "data": _make("data", "Data that resolves by name."),
