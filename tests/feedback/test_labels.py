@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from rlhf_nb.data.rows import decode_rows
@@ -69,6 +71,18 @@ def test_what_flips_with_the_order_is_counted_and_is_no_label(job):
     warned = [each.text for each in place.events() if each.kind == "notice"]
     assert warned == [f"{len(near) / 60:.0%} of the verdicts change with the order; they are no labels"]
     assert f"{len(near)} flipped with the order" in saved.summary
+
+
+def test_labels_that_the_judge_is_less_sure_of_are_left_out_and_counted(job):
+    # P = sigmoid(difference / 0.15) in both orders alike: 0.9 is passed where the qualities differ by 0.33 or more.
+    config = {"constitution": TOWN, "min_preference": 0.9}
+    all_rows = rows_of(job("judge", ROWS, name="all", judge=FAIR, policy=None, config={"constitution": TOWN}))
+    place = job("judge", ROWS, name="sure", judge=FAIR, policy=None, config=config)
+    assert rows_of(place) == [row for row in all_rows if row["preference"] > 0.9]
+    for row in all_rows:
+        assert (row["preference"] > 0.9) == (quality(row, "chosen") - quality(row, "rejected") > 0.15 * math.log(9))
+    dropped = event(place, "data_saved").dropped
+    assert dropped["unsure"] == len(all_rows) - len(rows_of(place)) > 0
 
 
 def test_killed_in_the_middle_and_run_again_it_asks_no_question_twice(job, monkeypatch, chat_server, read_shown):
