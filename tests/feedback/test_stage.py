@@ -116,3 +116,14 @@ def test_labels_are_data_of_the_next_run_and_a_model_is_traced_to_its_constituti
         assert edges == {("mine", "data"), by, ("judge:toy-annotator", "judge")}
         assert fitted.wait(120).fold.model is not None
         assert by in {(edge.parent, edge.relation) for edge in ws.store.lineage(fitted.id)}
+
+
+def test_judges_constitutions_and_halves_are_completed(ws, monkeypatch):
+    from rlhf_nb import workspace
+    from rlhf_nb.magics.completion import candidates
+
+    monkeypatch.setattr(workspace, "_current", ws)
+    assert "toy-annotator" in candidates(["judge", "toy-pairs", "--judge"])
+    assert "toy-town" in candidates(["judge", "toy-pairs", "--constitution"])
+    assert candidates(["constitutional", "--half"]) == ["revisions", "preferences"]
+    assert "toy-pairs" in candidates(["judge"])
