@@ -59,7 +59,7 @@ def make_rows(
         SpecError, NotFoundError, DataError: With the field, the value and the way out.
     """
     verb = method.name
-    rows = resolve_data(workspace, data, verb=verb, rows=method.rows)
+    rows = resolve_data(workspace, data, verb=verb, rows=method.rows, also=method.also)
     if isinstance(rows, MixedData):
         raise SpecError(
             f"{verb}: data={dict(data)!r}: every row is used once, so shares mean nothing; give one data set"

@@ -11,7 +11,7 @@ from rlhf_nb.errors import ComputeError, DataError, SpecError
 from rlhf_nb.feedback.constitution import load
 from rlhf_nb.methods.judge import JudgePairs, PairJudge, candidates
 from rlhf_nb.protocol.spec import ModelJudge, NamedJudge, PathModel
-from rlhf_nb.toy import pairs, quality_scores
+from rlhf_nb.toy import pairs, quality_scores, rankings
 from rlhf_nb.toy.judge import ToyJudge
 
 ROWS = pairs(60, seed=3)
@@ -170,3 +170,20 @@ def test_a_constitution_that_prefers_nothing_is_refused_before_the_run(job):
         method.check(spec)
     with pytest.raises(SpecError, match="judge: no judge; give judge="):
         method.check(spec.model_copy(update={"judge": None}))
+
+
+def test_rankings_and_drawn_completions_are_judged_as_they_are(job):
+    ranked = rankings(6, seed=2)
+    place = job("judge", ranked, name="ranked", kind="rankings", judge=FAIR, policy=None, config={"constitution": TOWN})
+    saved, result = event(place, "data_saved"), event(place, "result")
+    assert saved.counts["pairs"] == 6 * 6, "four completions have six pairs"
+    assert result.name == "agreement" and result.n == 36
+    by_prompt = {row["prompt"]: dict(zip(row["completions"], row["ranks"], strict=True)) for row in ranked}
+    for row in rows_of(place):
+        ranks = by_prompt[row["prompt"]]
+        assert row["agrees"] == (ranks[row["chosen"]] < ranks[row["rejected"]]) and "ranks" not in row
+    drawn = [{"prompt": row["prompt"], "completions": row["completions"][:2]} for row in ranked]
+    place = job(
+        "judge", drawn, name="drawn", kind="completions", judge=FAIR, policy=None, config={"constitution": TOWN}
+    )
+    assert event(place, "data_saved").counts["pairs"] == 6 and event(place, "result").name == "decided"
