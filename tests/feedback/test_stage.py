@@ -8,7 +8,7 @@ import rlhf_nb as rl
 from rlhf_nb.errors import NotFoundError, SpecError
 from rlhf_nb.feedback.constitution import load
 from rlhf_nb.magics import magic, parser
-from rlhf_nb.protocol.spec import Endpoint, ModelJudge, NamedJudge, NamedModel, RunModel, parents_of
+from rlhf_nb.protocol.spec import Endpoint, ModelJudge, NamedJudge, NamedModel, RunModel, describe, parents_of
 from rlhf_nb.stages.judge import resolve_judge, reward_options
 from rlhf_nb.stages.resolve import resolve_reward
 from rlhf_nb.toy import pairs
@@ -72,6 +72,16 @@ def test_a_judge_as_a_reward_is_written_with_its_options(ws):
     reward = resolve_reward(ws, 'judge(model="toy-annotator", principle="honest"),toy-true=0.5', verb="ppo")
     first = reward.parts[0].reward
     assert first.config == {"judge": TOY.model_dump(), "principle": "honest", "ask": "letter"}
+
+
+def test_one_judge_under_two_principles_is_two_rewards_with_weights_of_their_own(ws):
+    asked = [f'judge(model="toy-annotator", principle="{name}")' for name in ("honest", "harmless")]
+    reward = resolve_reward(ws, f"{asked[0]}=2,{asked[1]}", verb="ppo")
+    assert [(part.name, part.weight) for part in reward.parts] == [("judge-honest", 2.0), ("judge-harmless", 1.0)]
+    words = resolve_reward(ws, 'judge(url="http://localhost/v1", model="m", principle="Which is kinder?")', verb="ppo")
+    assert describe(words) == "judge-which-is-kinder"
+    with pytest.raises(SpecError, match="judge-honest is named twice"):
+        resolve_reward(ws, f"{asked[0]},{asked[0]}", verb="ppo")
 
 
 def test_a_run_whose_reward_is_another_runs_judgement_waits_for_it(ws):
