@@ -20,11 +20,8 @@ if TYPE_CHECKING:
     from rlhf_nb.methods.base import Method
     from rlhf_nb.run import Run
     from rlhf_nb.stages.evaluate import Evaluation
-<<<<<<< HEAD
     from rlhf_nb.stages.export import Exported
-=======
     from rlhf_nb.stages.iterate import Iteration
->>>>>>> 1c86868304c869c97efecb179a347b70df240c2c
     from rlhf_nb.stages.lineage import Node
     from rlhf_nb.stages.tables import Table
     from rlhf_nb.store import Store
@@ -388,7 +385,6 @@ class Workspace:
             **settings,
         )
 
-<<<<<<< HEAD
     def export(
         self,
         model: Any,
@@ -410,7 +406,7 @@ class Workspace:
         from rlhf_nb.stages.export import export
 
         return export(self, model, directory, form=form, push=push, private=private, timeout=timeout)
-=======
+
     def iterate(
         self,
         method: Method,
@@ -468,7 +464,6 @@ class Workspace:
         from rlhf_nb.stages.iterate import iteration
 
         return iteration(self, name)
->>>>>>> 1c86868304c869c97efecb179a347b70df240c2c
 
     def run(self, run_id: str) -> Run:
         """A run's handle by id, from any process.

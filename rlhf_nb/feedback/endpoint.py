@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -105,22 +106,26 @@ class EndpointChat:
         )
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
-        pool = ThreadPoolExecutor(self.endpoint.at_once)
+        pool, over = ThreadPoolExecutor(self.endpoint.at_once), threading.Event()
         try:
-            under_way = {pool.submit(self._ask, question): index for index, question in enumerate(questions)}
+            under_way = {pool.submit(self._ask, question, over): index for index, question in enumerate(questions)}
             for done in as_completed(under_way):
                 yield under_way[done], done.result()
         finally:
+            # Where nobody waits any more, what is under way must not be tried again: it would hold the process's end.
+            over.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         self._http.close()
 
-    def _ask(self, question: Question) -> Reply:
-        failed = Reply()
+    def _ask(self, question: Question, over: threading.Event) -> Reply:
+        failed = Reply(failure="error", detail="not asked")
         for attempt in range(self.endpoint.retries + 1):
             if attempt:
                 self._sleep(_pause(attempt, failed.detail))
+            if over.is_set():
+                return failed
             found = self._once(question)
             if found.failure not in ("timeout", "error"):
                 return found

@@ -23,13 +23,14 @@ def open_judge(
 
     Args:
         tokens: Longest reasoning, critique or revision of a chat model.
-        journal: Keep its answers in the run's directory, one file a rank.
+        journal: Keep its answers in the run's directory, one file a rank; not those of a judge that says it is
+            `instant`, which answers faster than a line is kept.
 
     Raises:
         RlhfError: It cannot be opened here: no such model, a token that is not set.
     """
     judge = _open(context, reference, ask, tokens)
-    return journaled(context, judge) if journal else judge
+    return journaled(context, judge) if journal and not getattr(judge, "instant", False) else judge
 
 
 def journaled(context: Context, judge: Judge) -> Journaled:

@@ -81,10 +81,8 @@ def grading(prompt: Prompt, completion: str, principle: str, style: Style) -> Me
 
 
 def _messages(role: str, tag: str, parts: Sequence[str]) -> Messages:
-    return [
-        {"role": "system", "content": role + _QUOTED.format(tag=tag)},
-        {"role": "user", "content": "\n".join(parts)},
-    ]
+    # One message of the user's: some chat templates refuse a system's.
+    return [{"role": "user", "content": "\n".join([role + _QUOTED.format(tag=tag), *parts])}]
 
 
 def critique(prompt: Prompt, draft: str, request: str) -> Messages:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhf_nb import registry, workspace
 from rlhf_nb.errors import RlhfError
+from rlhf_nb.feedback import constitution
 from rlhf_nb.magics import parser
 from rlhf_nb.protocol.spec import reward_parts
 from rlhf_nb.stages.resolve import NAMED_DATA, NAMED_MODELS
@@ -40,6 +41,12 @@ def candidates(before: list[str]) -> list[str]:
         return _data()
     if last in ("--reward", "--gold"):
         return [*registry.rewards.names(), *_runs(method="reward"), *_functions()]
+    if last == "--judge":
+        return [*registry.judges.names(), *_models()]
+    if last == "--constitution":
+        return constitution.shipped()
+    if last == "--half":
+        return ["revisions", "preferences"]
     if last == "--adapter":
         return ["lora"]
     if last == "--kind":
@@ -57,6 +64,8 @@ def candidates(before: list[str]) -> list[str]:
         if verb != "set":
             return words.flags()
         return [*(f"{name}=" for name in _coefficients(before[1])), *_slots(before[1])]
+    if verb == "judge" and len(before) == 1:
+        return _data()
     if verb == "label" and len(before) == 1:
         return [name for name in _data() if name != "toy-prompts"]
     if verb == "export" and len(before) == 1:

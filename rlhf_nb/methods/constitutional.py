@@ -62,6 +62,8 @@ class ConstitutionalAI(Method):
     """Longest draft."""
     ask: Literal["letter", "reasons"] = "letter"
     """Of half=preferences: how the judge answers, as for the judge verb."""
+    min_preference: float = Field(0.5, ge=0.5, lt=1)
+    """Of half=preferences: labels that the judge is less sure of are left out, as for the judge verb."""
     judge_tokens: int = Field(512, gt=0)
     """Longest critique, revision or reasoning of a chat model."""
     batch_size: int = Field(32, gt=0)
@@ -197,7 +199,7 @@ class Preferrer(_Maker):
                 continue
             principle = draw(self.principles, self.method.seed, row["prompt"])
             asked.append((row, Comparison(row["prompt"], a, b, principle), None))
-        made = judging.judged(self.judge, asked, self.method.constitution)
+        made = judging.judged(self.judge, asked, self.method.constitution, self.method.min_preference)
         return Made(made.rows, {**dropped, **made.dropped}, made.counts)
 
     def finish(self, made: Made) -> Made:

@@ -63,6 +63,9 @@ class JudgePairs(Method):
     each."""
     ask: Literal["letter", "reasons"] = "letter"
     """letter: the judge answers A or B, read from log-probabilities where it gives them. reasons: it reasons first."""
+    min_preference: float = Field(0.5, ge=0.5, lt=1)
+    """Labels that the judge is less sure of are left out: of two completions that a principle does not tell apart it
+    prefers one all the same, by its habits. For judges that give probabilities."""
     judge_tokens: int = Field(512, gt=0)
     """Longest reasoning of a chat model."""
     batch_size: int = Field(32, gt=0)
@@ -98,7 +101,7 @@ class PairJudge:
             for a, b, better in candidates(row):
                 for principle in self._principles(row["prompt"], a, b):
                     asked.append((row, Comparison(row["prompt"], a, b, principle), better))
-        return judged(self.judge, asked, self.method.constitution)
+        return judged(self.judge, asked, self.method.constitution, self.method.min_preference)
 
     def _principles(self, *key: Any) -> tuple[Principle | None, ...]:
         if self.method.constitution is None:
@@ -128,7 +131,10 @@ def candidates(row: Row) -> list[tuple[str, str, str | None]]:
 
 
 def judged(
-    judge: Judge, asked: Sequence[tuple[Row, Comparison, str | None]], constitution: Constitution | None
+    judge: Judge,
+    asked: Sequence[tuple[Row, Comparison, str | None]],
+    constitution: Constitution | None,
+    min_preference: float = 0.5,
 ) -> Made:
     """Rows for what a judge decides in both orders, and the counts of everything else."""
     from rlhf_nb.feedback.judge import compare_both
@@ -137,9 +143,12 @@ def judged(
 
     outcomes = compare_both(judge, [comparison for _, comparison, _ in asked])
     require_answers(judge, [each.failure for each in outcomes], [each.orders[0].detail for each in outcomes])
-    rows, dropped = [], {"tied": 0, "flipped with the order": 0, "unanswered": 0}
+    rows, dropped = [], {"tied": 0, "flipped with the order": 0, "unsure": 0, "unanswered": 0}
     for (row, comparison, better), outcome in zip(asked, outcomes, strict=True):
-        if outcome.choice in ("a", "b"):
+        sure = outcome.a_probability
+        if outcome.choice in ("a", "b") and sure is not None and max(sure, 1 - sure) < min_preference:
+            dropped["unsure"] += 1
+        elif outcome.choice in ("a", "b"):
             rows.append(_pair(row, comparison, outcome, better, judge, constitution))
         else:
             dropped[

@@ -6,6 +6,7 @@ A spec is written once, to `spec.json` in the run directory, before anything sta
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import Annotated, Any, Literal
 
@@ -340,6 +341,9 @@ def describe(reference: Any) -> str:
     match reference:
         case None:
             return ""
+        case NamedReward(name=name, config={"judge": _, "principle": str(words)}) if words:
+            # One judge under several principles is several rewards, each with a weight of its own.
+            return f"{name}-{'-'.join(re.findall(r'[a-z0-9]+', words.lower()))[:32].strip('-')}"
         case NamedModel() | NamedData() | NamedReward() | FunctionReward() | NamedJudge():
             return reference.name
         case RunModel() | RunData():

@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from rlhf_nb.errors import SpecError, did_you_mean
 from rlhf_nb.feedback.constitution import Principle
@@ -45,6 +45,8 @@ class ToyJudge:
                 raise SpecError(f"judge toy-annotator: {field.name}={getattr(self, field.name)}: give a finite number")
         if self.noise <= 0:
             raise SpecError(f"judge toy-annotator: noise={self.noise}: a temperature is above 0")
+
+    instant: ClassVar[bool] = True
 
     @classmethod
     def create(cls, **config: float) -> ToyJudge:

@@ -219,6 +219,22 @@ def test_at_most_so_many_questions_are_under_way(chat_server, chat):
     assert most[0] == 3
 
 
+def test_where_nobody_waits_any_more_nothing_is_tried_again(chat_server, chat):
+    chat_server.answer = lambda body: "A" if "quick" in str(body) else (503, {})
+    quick = Question([{"role": "user", "content": "quick"}], (), 8)
+    waiting = threading.Event()
+    one = chat(retries=50, at_once=4)
+    one._sleep = lambda _: waiting.wait(5)
+    answers = one.ask([quick, HELLO, HELLO])
+    assert next(answers)[1].text == "A"
+    while len(chat_server.requests) < 3:
+        time.sleep(0.01)
+    answers.close()
+    waiting.set()
+    time.sleep(0.2)
+    assert len(chat_server.requests) == 3
+
+
 def test_a_redirect_is_not_followed_with_the_token(chat_server, chat, monkeypatch):
     monkeypatch.setenv("JUDGE_TOKEN", SECRET)
     chat_server.answer = lambda body: (307, {}, {"Location": "http://127.0.0.1:9/steal"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from rlhf_nb.data.rows import decode_rows
@@ -9,7 +11,7 @@ from rlhf_nb.errors import ComputeError, DataError, SpecError
 from rlhf_nb.feedback.constitution import load
 from rlhf_nb.methods.judge import JudgePairs, PairJudge, candidates
 from rlhf_nb.protocol.spec import ModelJudge, NamedJudge, PathModel
-from rlhf_nb.toy import pairs, quality_scores
+from rlhf_nb.toy import pairs, quality_scores, rankings
 from rlhf_nb.toy.judge import ToyJudge
 
 ROWS = pairs(60, seed=3)
@@ -69,6 +71,18 @@ def test_what_flips_with_the_order_is_counted_and_is_no_label(job):
     warned = [each.text for each in place.events() if each.kind == "notice"]
     assert warned == [f"{len(near) / 60:.0%} of the verdicts change with the order; they are no labels"]
     assert f"{len(near)} flipped with the order" in saved.summary
+
+
+def test_labels_that_the_judge_is_less_sure_of_are_left_out_and_counted(job):
+    # P = sigmoid(difference / 0.15) in both orders alike: 0.9 is passed where the qualities differ by 0.33 or more.
+    config = {"constitution": TOWN, "min_preference": 0.9}
+    all_rows = rows_of(job("judge", ROWS, name="all", judge=FAIR, policy=None, config={"constitution": TOWN}))
+    place = job("judge", ROWS, name="sure", judge=FAIR, policy=None, config=config)
+    assert rows_of(place) == [row for row in all_rows if row["preference"] > 0.9]
+    for row in all_rows:
+        assert (row["preference"] > 0.9) == (quality(row, "chosen") - quality(row, "rejected") > 0.15 * math.log(9))
+    dropped = event(place, "data_saved").dropped
+    assert dropped["unsure"] == len(all_rows) - len(rows_of(place)) > 0
 
 
 def test_killed_in_the_middle_and_run_again_it_asks_no_question_twice(job, monkeypatch, chat_server, read_shown):
@@ -156,3 +170,20 @@ def test_a_constitution_that_prefers_nothing_is_refused_before_the_run(job):
         method.check(spec)
     with pytest.raises(SpecError, match="judge: no judge; give judge="):
         method.check(spec.model_copy(update={"judge": None}))
+
+
+def test_rankings_and_drawn_completions_are_judged_as_they_are(job):
+    ranked = rankings(6, seed=2)
+    place = job("judge", ranked, name="ranked", kind="rankings", judge=FAIR, policy=None, config={"constitution": TOWN})
+    saved, result = event(place, "data_saved"), event(place, "result")
+    assert saved.counts["pairs"] == 6 * 6, "four completions have six pairs"
+    assert result.name == "agreement" and result.n == 36
+    by_prompt = {row["prompt"]: dict(zip(row["completions"], row["ranks"], strict=True)) for row in ranked}
+    for row in rows_of(place):
+        ranks = by_prompt[row["prompt"]]
+        assert row["agrees"] == (ranks[row["chosen"]] < ranks[row["rejected"]]) and "ranks" not in row
+    drawn = [{"prompt": row["prompt"], "completions": row["completions"][:2]} for row in ranked]
+    place = job(
+        "judge", drawn, name="drawn", kind="completions", judge=FAIR, policy=None, config={"constitution": TOWN}
+    )
+    assert event(place, "data_saved").counts["pairs"] == 6 and event(place, "result").name == "decided"

@@ -8,7 +8,7 @@ import rlhf_nb as rl
 from rlhf_nb.errors import NotFoundError, SpecError
 from rlhf_nb.feedback.constitution import load
 from rlhf_nb.magics import magic, parser
-from rlhf_nb.protocol.spec import Endpoint, ModelJudge, NamedJudge, NamedModel, RunModel, parents_of
+from rlhf_nb.protocol.spec import Endpoint, ModelJudge, NamedJudge, NamedModel, RunModel, describe, parents_of
 from rlhf_nb.stages.judge import resolve_judge, reward_options
 from rlhf_nb.stages.resolve import resolve_reward
 from rlhf_nb.toy import pairs
@@ -74,6 +74,16 @@ def test_a_judge_as_a_reward_is_written_with_its_options(ws):
     assert first.config == {"judge": TOY.model_dump(), "principle": "honest", "ask": "letter"}
 
 
+def test_one_judge_under_two_principles_is_two_rewards_with_weights_of_their_own(ws):
+    asked = [f'judge(model="toy-annotator", principle="{name}")' for name in ("honest", "harmless")]
+    reward = resolve_reward(ws, f"{asked[0]}=2,{asked[1]}", verb="ppo")
+    assert [(part.name, part.weight) for part in reward.parts] == [("judge-honest", 2.0), ("judge-harmless", 1.0)]
+    words = resolve_reward(ws, 'judge(url="http://localhost/v1", model="m", principle="Which is kinder?")', verb="ppo")
+    assert describe(words) == "judge-which-is-kinder"
+    with pytest.raises(SpecError, match="judge-honest is named twice"):
+        resolve_reward(ws, f"{asked[0]},{asked[0]}", verb="ppo")
+
+
 def test_a_run_whose_reward_is_another_runs_judgement_waits_for_it(ws):
     judge = ModelJudge(model=RunModel(run_id="sft-1")).model_dump(mode="json")
     reward = resolve_reward(ws, resolve_reward(ws, 'judge(model="toy-annotator")', verb="ppo"), verb="ppo")
@@ -116,3 +126,14 @@ def test_labels_are_data_of_the_next_run_and_a_model_is_traced_to_its_constituti
         assert edges == {("mine", "data"), by, ("judge:toy-annotator", "judge")}
         assert fitted.wait(120).fold.model is not None
         assert by in {(edge.parent, edge.relation) for edge in ws.store.lineage(fitted.id)}
+
+
+def test_judges_constitutions_and_halves_are_completed(ws, monkeypatch):
+    from rlhf_nb import workspace
+    from rlhf_nb.magics.completion import candidates
+
+    monkeypatch.setattr(workspace, "_current", ws)
+    assert "toy-annotator" in candidates(["judge", "toy-pairs", "--judge"])
+    assert "toy-town" in candidates(["judge", "toy-pairs", "--constitution"])
+    assert candidates(["constitutional", "--half"]) == ["revisions", "preferences"]
+    assert "toy-pairs" in candidates(["judge"])

@@ -59,6 +59,12 @@ def test_a_completion_cannot_close_the_fence_it_stands_in():
     assert text.rpartition(f"</completion B {tag}>")[2].strip().startswith(templates.PREFERENCE)
 
 
+def test_a_judge_is_asked_in_one_message_of_the_users():
+    # Some chat templates refuse a system's.
+    assert [message["role"] for message in comparison("Q?", "x", "y", "", "letter")] == ["user"]
+    assert [message["role"] for message in grading("Q?", "x", "", "reasons")] == ["user"]
+
+
 def test_a_text_that_holds_the_tag_gets_another():
     tag = templates.fence("prompt", "one", "two")
     assert templates.fence("prompt", "one", "two") == tag

@@ -65,6 +65,17 @@ def test_sums_are_learnt_from_being_checked(tmp_path, monkeypatch):
     assert "What is 2 + 3?" in said and "at the start" in said
 
 
+def test_ai_feedback_finds_where_the_judge_goes_wrong_and_mends_drafts(tmp_path, monkeypatch):
+    said = "\n".join(run("05_ai_feedback.ipynb", tmp_path, monkeypatch).values())
+    assert "1,661 pairs by toy-annotator under toy-town" in said and "339 flipped with the order" in said
+    # The judge draws no lots: what it gets right of the toy world's pairs is the same everywhere.
+    for row in ("the judge .* 0.543", "the labeller .* 0.671", "the principle tells them apart .* 0.825"):
+        assert re.search(row, said), said
+    assert re.search(r"likes what comes first .* 1.000", said) and "  revision:" in said
+    gained = re.search(r"difference +(-?0\.\d+) \[(-?0\.\d+), (-?0\.\d+)\]", said)
+    assert gained and float(gained[2]) > 0, said
+
+
 def test_chapters_are_numbered_and_end_with_something_to_change():
     names = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
     assert names[0] == "00_quickstart.ipynb" and os.fspath(NOTEBOOKS)
