@@ -328,8 +328,8 @@ class Run:
         self.workspace.client.control(self.id, control)
         return Pending(self, control)
 
-    def wait(self, timeout: float | None = None) -> Run:
-        """Wait for the end. Interrupting it detaches; the run goes on.
+    def wait(self, timeout: float | None = None, *, step: int | None = None) -> Run:
+        """Wait for the end, or until optimizer step `step` has been taken. Interrupting it detaches; the run goes on.
 
         It blocks, and in a notebook a cell that blocks keeps sliders waiting; `await run` does not.
 
@@ -338,15 +338,15 @@ class Run:
             WaitTimeoutError: Not over after `timeout` seconds.
         """
         try:
-            self._until_over(timeout, threading.Event())
+            self._until_over(timeout, threading.Event(), step)
         except KeyboardInterrupt:
             raise self._detached() from None
         return self
 
-    async def wait_async(self, timeout: float | None = None) -> str:
-        """As `wait`, awaited: the kernel goes on hearing its widgets meanwhile. Gives the state it ended in."""
+    async def wait_async(self, timeout: float | None = None, *, step: int | None = None) -> str:
+        """As `wait`, awaited: the kernel goes on hearing its widgets meanwhile. Gives the state it is in then."""
         given_up = threading.Event()
-        waiting = asyncio.create_task(asyncio.to_thread(self._until_over, timeout, given_up))
+        waiting = asyncio.create_task(asyncio.to_thread(self._until_over, timeout, given_up, step))
         try:
             while not waiting.done():
                 # The kernel cancels an interrupted cell when its loop next wakes by itself (ipython/ipykernel#881).
@@ -366,19 +366,22 @@ class Run:
     def _detached(self) -> Detached:
         return Detached(f"detached from {self.id}; it goes on. %rlhf stop {self.id} would end it")
 
-    def _until_over(self, timeout: float | None, given_up: threading.Event) -> str:
+    def _until_over(self, timeout: float | None, given_up: threading.Event, step: int | None = None) -> str:
         deadline = None if timeout is None else time.monotonic() + timeout
         over = threading.Event()
-        subscription = self.subscribe(
-            lambda events: over.set() if any(e.kind in TERMINAL for e in events) else None, since=self.fold.last_seq
-        )
+
+        def heard(events: Sequence[AnyEvent]) -> None:
+            if any(e.kind in TERMINAL or (step is not None and (getattr(e, "step", 0) or 0) >= step) for e in events):
+                over.set()
+
+        subscription = self.subscribe(heard, since=self.fold.last_seq)
         try:
             while True:
                 state = self.state
                 if state == "failed":
                     fold = self.fold
                     raise RunFailedError(f"{self.id} failed: {fold.failure.reason if fold.failure else 'see its log'}")
-                if state in TERMINAL or given_up.is_set():
+                if state in TERMINAL or given_up.is_set() or (step is not None and self.fold.step >= step):
                     return state
                 if state == "paused" and self._fold.held:
                     raise RunFailedError(f"{self.id} is paused: {self._fold.held}")
