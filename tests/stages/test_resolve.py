@@ -94,6 +94,8 @@ def test_every_kind_of_rows_serves_every_method_or_is_converted_on_request_or_is
     ws.add_data(SOME[kind], name="mine", kind=kind)
     for method in registry.methods.names():
         cls = registry.methods.get(method)
+        if not cls.rows:  # It reads no rows.
+            continue
         kinds = {"rows": cls.rows, "also": cls.also}
         ways = [to for to in (cls.rows, *cls.also) if (kind, to) in LEFT_OUT]
         if kind in (cls.rows, *cls.also):
