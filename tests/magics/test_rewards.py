@@ -29,6 +29,7 @@ def test_weights_and_the_reward_itself_are_moved_while_a_run_trains(shell, tiny_
     run = ws.run("ppo-1")
     try:
         assert run.spec.title.endswith("→ letters + toy-true")
+        assert run.wait(timeout=120, step=2).state == "running" and run.fold.step >= 2
         said = shell.run("%rlhf set ppo-1 reward_weight/letters=0.25 --why 'length is cheap'")
         assert "reward_weight/letters 1 → 0.25 at step" in str(said)
         assert "reward/letters=" in shell.complete("%rlhf set ppo-1 reward/l")
@@ -63,7 +64,7 @@ def test_a_reward_that_never_answers_ends_the_run_at_its_limit(shell, tiny_model
     )
     said = r"^ppo-1 failed: reward asleep: no answer within reward_timeout=1 s; make it faster or raise the limit$"
     with pytest.raises(RunFailedError, match=said):
-        workspace.current().run("ppo-1").wait(timeout=120)
+        workspace.current().run("ppo-1").wait(timeout=120, step=5)
 
 
 @pytest.mark.parametrize(
