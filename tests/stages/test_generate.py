@@ -33,6 +33,10 @@ def test_an_unfinished_run_stands_for_the_rows_it_will_make(tmp_path, tiny_model
         edges = {(edge.child, edge.parent, edge.relation) for edge in ws.store.lineage("generate-2")}
         assert edges == {("generate-2", "generate-1", "data"), ("generate-1", "mine", "data")}
         assert "generate-1" in [row["data"] for row in ws.datasets()]
+        out = ws.export(str(tiny_model), tmp_path / "out", timeout=120)
+        assert set(out.files) == {path.name for path in (tmp_path / "out").iterdir()} >= {"model.safetensors"}
+        assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+        assert out.size == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     # Closed and opened again, with nothing attached, what was brought here is still here.
     with rl.Workspace(tmp_path / "w") as ws:
         assert rl.Dataset.from_store(ws.store, "generate-2").rows == made.rows

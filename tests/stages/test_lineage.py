@@ -11,7 +11,9 @@ import rlhf_nb as rl
 from rlhf_nb.errors import NotFoundError
 from rlhf_nb.labelling.session import autolabel
 from rlhf_nb.protocol.spec import BlobData, RunData
+from rlhf_nb.stages.export import card
 from rlhf_nb.stages.label import chooser
+from rlhf_nb.stages.lineage import lineage
 from rlhf_nb.toy import pairs
 
 
@@ -72,6 +74,15 @@ def test_a_part_of_a_data_set_says_of_which_and_how(ws, tmp_path):
     prompts = ws.lineage(ppo).parents[-1]
     assert [(node.relation, node.name) for node in prompts.parents] == [("made from", "mine")]
     assert "from pairs" in prompts.what or prompts.what.startswith("12 pairs")
+
+
+def test_a_card_goes_out_with_the_lineage_and_without_people_or_directories(ws, tmp_path):
+    ppo = chain(ws, tmp_path)
+    text = card(lineage(ws, ppo, public=True), ppo.spec, form="merged", base="", name="ppo-1")
+    assert "policy sft-1" in text and "mine.jsonl" in text and "12 standing labels by 1 annotator" in text
+    assert "ana" not in text and ws.who not in text and str(tmp_path) not in text
+    private = str(ws.lineage(ppo))
+    assert "ana" in private and ws.who in private and str(tmp_path) in private
 
 
 def test_the_tree_unfolds_what_it_shows_twice_only_once(ws, tmp_path):
