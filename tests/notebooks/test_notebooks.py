@@ -53,6 +53,16 @@ def test_the_tether_is_steered_and_the_committed_study_drawn(tmp_path, monkeypat
     assert "best of 64" in ends and "95 %" in fits
 
 
+def test_preferences_without_rl_tell_what_beta_holds(tmp_path, monkeypatch):
+    texts = run("03_preferences_without_rl.ipynb", tmp_path, monkeypatch)
+    (units,) = (text for text in texts.values() if "implicit_reward/margin" in text)
+    # Whatever the margin, its unit is the β in force: 0.05 for two steps, then 1.
+    assert [line.split()[-1] for line in units.splitlines()[-5:]] == ["0.05", "0.05", "1.00", "1.00", "1.00"]
+    (table,) = (text for text in texts.values() if "true reward" in text and "toy-sft" in text)
+    assert all(name in table for name in ("DPO, β=1", "KTO", "ORPO", "SimPO"))
+    assert texts["from rlhf_nb.ui.frontier import Frontier"].count("at √KL") == 5
+
+
 def test_sums_are_learnt_from_being_checked(tmp_path, monkeypatch):
     texts = run("04_verifiable_rewards.ipynb", tmp_path, monkeypatch)
     said = "\n".join(texts.values())
