@@ -86,10 +86,9 @@ test: test-widgets test-python
 test-widgets: $(NODE_READY)
 	$(NPM) test
 
-# What drives kernels, browsers and whole notebooks has the machine to itself; the rest shares it, file by file, the
-# longest first.
-ALONE := $(addprefix tests/,compute e2e magics notebooks packaging/test_binder.py)
-LONG := $(addprefix tests/,methods training fidelity)
+# Browsers and whole notebooks have the machine to themselves; the rest shares it, file by file, the longest first.
+ALONE := $(addprefix tests/,e2e notebooks packaging/test_binder.py)
+LONG := $(addprefix tests/,methods training compute fidelity magics stages)
 TOGETHER := $(LONG) $(filter-out $(LONG) $(ALONE) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 PYTEST_READY := $(DEV_READY) .venv-ipykernel6/.ready .venv-vllm/.ready
 
