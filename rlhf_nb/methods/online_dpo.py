@@ -115,18 +115,18 @@ class OnlineDPO(GradientMethod):
         from rlhf_nb.training import models
         from rlhf_nb.training.arguments import lora_config, model_arguments, training_arguments
         from rlhf_nb.training.control import BoundCoefficient
-        from rlhf_nb.training.online_pairs import PairJudge, prompts_that_fit
+        from rlhf_nb.training.online_pairs import PairScoring, prompts_that_fit
         from rlhf_nb.training.sampling import Sampler
         from rlhf_nb.training.trainer import SteeredTrainer
 
         policy = context.model_path(context.spec.policy)
         tokenizer = models.load_tokenizer(policy, context.emit)
         max_length = models.max_length(policy, self.max_length, context.emit)
-        judge = PairJudge(self, context)
+        scoring = PairScoring(self, context)
         trainer = OnlineDPOTrainer(
             # A model: from a directory TRL would load it with device_map="auto", which splits it over all devices.
             model=models.load_model(policy, **model_arguments(context)),
-            reward_funcs=[judge],
+            reward_funcs=[scoring],
             args=OnlineDPOConfig(
                 **training_arguments(context, reads_model=False),
                 max_length=max_length,
@@ -140,7 +140,7 @@ class OnlineDPO(GradientMethod):
             processing_class=tokenizer,
             peft_config=lora_config(context, "CAUSAL_LM"),
         )
-        judge.watch(trainer)
+        scoring.watch(trainer)
 
         def set_temperature(value: float) -> None:
             # Sampling reads the generation configuration; what it falls back on lies in the keywords beside it.
@@ -160,13 +160,13 @@ class OnlineDPO(GradientMethod):
                         lambda: args.missing_eos_penalty,
                         lambda value: setattr(args, "missing_eos_penalty", value),
                     )
-            return judge.bound(live)
+            return scoring.bound(live)
 
         def derive(values: dict[str, Any]) -> dict[str, float]:
             ratios = log_ratios(values, trainer._beta)
             # Both completions are the policy's own: the mean of their log-ratios is k1.
             kl = (ratios["log_ratio/chosen"] + ratios["log_ratio/rejected"]) / 2
-            return {**ratios, "kl/policy_reference": kl, **judge.metrics(kl, trainer._beta)}
+            return {**ratios, "kl/policy_reference": kl, **scoring.metrics(kl, trainer._beta)}
 
         return SteeredTrainer(
             trainer,
@@ -174,5 +174,5 @@ class OnlineDPO(GradientMethod):
             names=NAMES,
             live=[write(live) for live in self.live_in(context.spec) if live is not LEARNING_RATE],
             derive=derive,
-            sampler=lambda built: Sampler.of(context, built, policy, score=judge.look, gold=judge.look_at_gold),
+            sampler=lambda built: Sampler.of(context, built, policy, score=scoring.look, gold=scoring.look_at_gold),
         )

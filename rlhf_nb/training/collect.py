@@ -38,14 +38,14 @@ def collect(trainer: OnlineTrainer) -> tuple[Rollout, dict[str, float]]:
         seconds = {name: seconds[name] + also[name] for name in seconds}
     rollout = _together(trainer, rows, temperature)
     if method.resamplings:
-        golds = _numbers(trainer, drawn, "gold") if trainer.judge.gold is not None else None
-        scores_B = trainer.judge.combined(_numbers(trainer, drawn, "scores"))
+        golds = _numbers(trainer, drawn, "gold") if trainer.scoring.gold is not None else None
+        scores_B = trainer.scoring.combined(_numbers(trainer, drawn, "scores"))
         rollout = replace(rollout, drawn=Drawn(scores_B, golds, replaced, len(wasted)))
     return rollout, seconds
 
 
 def _wasted(trainer: OnlineTrainer, rows: list[dict[str, Any]]) -> list[int]:
-    score_PG = trainer.judge.combined(_numbers(trainer, rows, "scores")).view(-1, trainer.method.each)
+    score_PG = trainer.scoring.combined(_numbers(trainer, rows, "scores")).view(-1, trainer.method.each)
     return trainer.method.wasted(score_PG).nonzero().squeeze(1).tolist()
 
 
@@ -74,8 +74,8 @@ def _sampled(
         texts = trainer.texts(sampled.tokens_BT, sampled.mask_BT)
         asked = [trainer.rows[indices[row]] for row in mine]
         part = {
-            "scores": trainer.judge.rollout(trainer.rollouts, asked, texts, [first + row for row in mine]),
-            "gold": trainer.judge.golds(asked, texts),
+            "scores": trainer.scoring.rollout(trainer.rollouts, asked, texts, [first + row for row in mine]),
+            "gold": trainer.scoring.golds(asked, texts),
             "reference_scores": trainer.reference_scores([indices[row] for row in mine]),
         }
         scored_at = time.perf_counter()
@@ -157,12 +157,12 @@ def _together(trainer: OnlineTrainer, rows: list[dict[str, Any]], temperature: f
         reference_logprobs_BT=padded("reference"),
         values_BT=padded("values"),
         sampler_logprobs_BT=padded("sampler"),
-        score_B=trainer.judge.combined(scores_BM),
+        score_B=trainer.scoring.combined(scores_BM),
         parts_BM=scores_BM,
-        reference_score_BR=trainer.judge.combined(_numbers(trainer, rows, "reference_scores"))
+        reference_score_BR=trainer.scoring.combined(_numbers(trainer, rows, "reference_scores"))
         if trainer.method.compared_with
         else None,
-        gold_B=_numbers(trainer, rows, "gold") if trainer.judge.gold is not None else None,
+        gold_B=_numbers(trainer, rows, "gold") if trainer.scoring.gold is not None else None,
         ended_B=torch.stack([row["ended"] for row in rows]).to(trainer.device),
         temperature=temperature,
     )

@@ -33,7 +33,6 @@ from rlhf_nb.training import actor_critic, data, distributed, models, not_finite
 from rlhf_nb.training.collect import collect
 from rlhf_nb.training.control import BoundCoefficient
 from rlhf_nb.training.gradient_noise import GradientNoise
-from rlhf_nb.training.judge import Judge
 from rlhf_nb.training.kl_doctor import KLDoctor
 from rlhf_nb.training.not_finite import NotFiniteError
 from rlhf_nb.training.online_checkpoint import load_checkpoint, save_checkpoint
@@ -48,6 +47,7 @@ from rlhf_nb.training.rollout.base import Sampler
 from rlhf_nb.training.rollout.choose import sampler_for
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 from rlhf_nb.training.sampling import end_tokens
+from rlhf_nb.training.scoring import Scoring
 
 if TYPE_CHECKING:
     from rlhf_nb.methods.online import OnlineMethod
@@ -78,7 +78,7 @@ class OnlineTrainer:
             raise SpecError(f"{method.name}: no reward; give reward= a reward model, a registered name or a function")
         self.live: Any = SimpleNamespace(**method.start_values(context.spec))
         backbone = (path, self.reference.backbone) if self.reference.backbone is not None else None
-        self.judge = Judge(method, context, self.live, self.device, backbone)
+        self.scoring = Scoring(method, context, self.live, self.device, backbone)
 
         if method.gradient_checkpointing:
             actor_critic.without_dropout(self.module)
@@ -179,7 +179,7 @@ class OnlineTrainer:
     def _train(self) -> None:
         loop = self.context.control
         loop.bind([self._bound(live) for live in self.method.live_in(self.context.spec)])
-        loop.rewards = self.judge
+        loop.rewards = self.scoring
         loop.preview_refusal = self.method.preview_refusal
         loop.on_idle = self._serve
         loop.on_change = self._hold_controller
@@ -335,7 +335,7 @@ class OnlineTrainer:
             return None
         said = self.reference_said(indices)
         rows = [self.rows[index] for index in indices for _ in range(R)]
-        scores_NM = self.judge.scores(rows, [text for texts in said for text in texts])
+        scores_NM = self.scoring.scores(rows, [text for texts in said for text in texts])
         return [scores_NM[at : at + R] for at in range(0, len(scores_NM), R)]
 
     # --- the update -------------------------------------------------------------------------------------------------

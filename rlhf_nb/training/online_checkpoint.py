@@ -58,7 +58,7 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
                 "doctor": trainer.doctor.state(),
                 "live": vars(trainer.live),
                 "moments": trainer.moments.state(),
-                "rewards": trainer.judge.state(),
+                "rewards": trainer.scoring.state(),
             }
             (scratch / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
     distributed.barrier()
@@ -96,7 +96,7 @@ def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
     # The controller moves kl_coef without an event: what the events tell of it is older.
     vars(trainer.live).update(counters.get("live", {}))
     trainer.moments.load(counters.get("moments"))
-    trainer.judge.load_state(counters.get("rewards", []))
+    trainer.scoring.load_state(counters.get("rewards", []))
     if (said := path / f"reference-said-{trainer.context.rank}.json").exists():
         trainer.reference_said.load_state(json.loads(said.read_text(encoding="utf-8")))
     if (path / REFERENCE).exists():

@@ -20,9 +20,9 @@ from rlhf_nb.errors import DataError, RlhfError
 from rlhf_nb.protocol.events import RewardReplaced
 from rlhf_nb.training import checkpoints, data, distributed
 from rlhf_nb.training.control import BoundCoefficient
-from rlhf_nb.training.judge import Judge
 from rlhf_nb.training.prompt_order import PromptOrder
 from rlhf_nb.training.rng import undisturbed
+from rlhf_nb.training.scoring import Scoring
 
 if TYPE_CHECKING:
     from rlhf_nb.methods.base import LiveCoefficient
@@ -69,7 +69,7 @@ def prompts_that_fit(context: Context, tokenizer: Any, room: int) -> list[Row]:
     return [{"prompt": row["prompt"], "row": index} for row, index in zip(shaped, kept, strict=True)]
 
 
-class PairJudge:
+class PairScoring:
     """A reward function as TRL calls one: of 2B completions the first B are the prompts' first ones; 2B scores."""
 
     __name__ = "reward"
@@ -77,7 +77,7 @@ class PairJudge:
     def __init__(self, method: OnlineDPO, context: Context) -> None:
         self.method, self.context = method, context
         self.live: Any = SimpleNamespace(**method.start_values(context.spec))
-        self.judge: Judge
+        self.scoring: Scoring
         self._trainer: Any = None
         self._seen: list[dict[str, Any]] = []
         """What was scored since the last metrics, a dict a micro-batch."""
@@ -89,13 +89,13 @@ class PairJudge:
         """Load the rewards onto the trainer's device, and put back those that replaced others before the checkpoint."""
         self._trainer = trainer
         method: Any = self.method
-        self.judge = Judge(method, self.context, self.live, trainer.accelerator.device)
+        self.scoring = Scoring(method, self.context, self.live, trainer.accelerator.device)
         context = self.context
-        context.control.rewards = self.judge
+        context.control.rewards = self.scoring
         if context.resume_from is not None:
             step = checkpoints.step_of(context.resume_from)
             for change in replaced_until(context, step):
-                self.judge.again(change)
+                self.scoring.again(change)
 
     def bound(self, live: LiveCoefficient) -> BoundCoefficient:
         return BoundCoefficient(
@@ -114,12 +114,12 @@ class PairJudge:
         rows = [self.context.rows[index] for index in row]
         texts = [(one if isinstance(one, str) else one[-1]["content"]).strip() for one in completions]
         first = self.context.rank * len(texts)
-        said = self.judge.rollout(self._number(), rows, texts, range(first, first + len(texts)))
+        said = self.scoring.rollout(self._number(), rows, texts, range(first, first + len(texts)))
         scores_BM = torch.tensor(said, dtype=torch.float64)
-        score_B = self.judge.combined(scores_BM)
+        score_B = self.scoring.combined(scores_BM)
         took = time.perf_counter() - began
         with undisturbed():
-            golds = self.judge.golds(rows, texts)
+            golds = self.scoring.golds(rows, texts)
         lengths, ended = zip(*(self._extent(ids) for ids in completion_ids), strict=True)
         self._seen.append(
             {
@@ -169,10 +169,10 @@ class PairJudge:
         golds = [one["gold"] for one in parts]
         if golds[0] is not None:
             values["reward/gold"] = fmean(value for gold in golds for value in gold)
-        if len(self.judge.names) > 1:
+        if len(self.scoring.names) > 1:
             scores_BM = torch.tensor([row for one in parts for row in one["scores"]], dtype=torch.float64)
             means = scores_BM.mean(0).tolist()
-            values |= {f"reward_part/{name}": mean for name, mean in zip(self.judge.names, means, strict=True)}
+            values |= {f"reward_part/{name}": mean for name, mean in zip(self.scoring.names, means, strict=True)}
             values["reward/disagreement"] = scores_BM.std(1, correction=0).mean().item()
         self._odd(values, score_B)
         return values
@@ -200,16 +200,16 @@ class PairJudge:
 
     def look(self, prompts: list[Prompt], texts: list[str]) -> list[float | None]:
         def score(rows: list[Row], said: list[str]) -> list[float]:
-            scores_BM = torch.tensor(self.judge.scores(rows, said), dtype=torch.float64)
-            return self.judge.combined(scores_BM).tolist()
+            scores_BM = torch.tensor(self.scoring.scores(rows, said), dtype=torch.float64)
+            return self.scoring.combined(scores_BM).tolist()
 
         return self._looked(score, prompts, texts)
 
     @property
     def look_at_gold(self) -> Callable[[list[Prompt], list[str]], list[float | None]] | None:
-        if self.judge.gold is None:
+        if self.scoring.gold is None:
             return None
-        return lambda prompts, texts: self._looked(self.judge.golds, prompts, texts)
+        return lambda prompts, texts: self._looked(self.scoring.golds, prompts, texts)
 
     def _looked(self, score: Callable[..., Any], prompts: list[Prompt], texts: list[str]) -> list[float | None]:
         """A person may ask about any prompt: one without the columns that a reward reads gets no score."""

@@ -52,7 +52,7 @@ class Report:
             values["objective/temperature"] = rollout.temperature
         if rollout.parts_BM is not None and rollout.parts_BM.shape[1] > 1:
             means = rollout.parts_BM.mean(0).tolist()
-            values |= {f"reward_part/{name}": mean for name, mean in zip(trainer.judge.names, means, strict=True)}
+            values |= {f"reward_part/{name}": mean for name, mean in zip(trainer.scoring.names, means, strict=True)}
             values["reward/disagreement"] = rollout.parts_BM.std(1, correction=0).mean().item()
         if gold_B is not None:
             values["reward/gold"] = gold_B.mean().item()

@@ -102,9 +102,9 @@ class SampleTable:
         scores: Sequence[float | None]
         golds: Sequence[float | None] | None
         try:
-            parts = trainer.judge.scores(rows, texts)
-            scores = trainer.judge.combined(torch.tensor(parts, dtype=torch.float64)).tolist()
-            golds = trainer.judge.golds(rows, texts)
+            parts = trainer.scoring.scores(rows, texts)
+            scores = trainer.scoring.combined(torch.tensor(parts, dtype=torch.float64)).tolist()
+            golds = trainer.scoring.golds(rows, texts)
         except RewardError as error:
             # Only looked at here: the same fault in a rollout ends the run.
             trainer.emit.notice(

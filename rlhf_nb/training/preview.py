@@ -65,7 +65,7 @@ def _drawn(trainer: OnlineTrainer, request: Preview) -> Rollout:
     trainer.sampler.refresh(trainer.step)
     sampled = trainer.sampler.sample(prompts, noise, temperature=temperature)
     texts = trainer.texts(sampled.tokens_BT, sampled.mask_BT)
-    scores_BM = torch.tensor(trainer.judge.scores([trainer.rows[index] for index in indices], texts))
+    scores_BM = torch.tensor(trainer.scoring.scores([trainer.rows[index] for index in indices], texts))
     compared = trainer.reference_scores(indices)
     tokens_BP, seen_BP = pad_left(prompts, trainer.tokenizer.pad_token_id, trainer.device)
     tokens_BL = torch.cat([tokens_BP, sampled.tokens_BT], 1)
@@ -83,11 +83,11 @@ def _drawn(trainer: OnlineTrainer, request: Preview) -> Rollout:
         reference_logprobs_BT=torch.cat([part for part in reference if part is not None]),
         values_BT=torch.zeros_like(sampled.behavior_logprobs_BT),
         sampler_logprobs_BT=sampled.behavior_logprobs_BT,
-        score_B=trainer.judge.combined(scores_BM).to(trainer.device),
+        score_B=trainer.scoring.combined(scores_BM).to(trainer.device),
         gold_B=None,
         ended_B=sampled.ended_B,
         temperature=temperature,
-        reference_score_BR=trainer.judge.combined(torch.tensor(compared)).to(trainer.device) if compared else None,
+        reference_score_BR=trainer.scoring.combined(torch.tensor(compared)).to(trainer.device) if compared else None,
         score_shift=trainer.moments.mean if method.normalises_scores else 0.0,
         score_spread=trainer.moments.spread if method.normalises_scores else 1.0,
     )

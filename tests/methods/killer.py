@@ -30,7 +30,7 @@ def die() -> None:
 
 def watch(armed: str, call: int, share: float) -> None:
     """Note which phase the process is in, and let it die in the `call`th of the armed one, after a share of it."""
-    from rlhf_nb.training import judge, online
+    from rlhf_nb.training import online, scoring
     from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 
     seen = 0
@@ -57,7 +57,7 @@ def watch(armed: str, call: int, share: float) -> None:
 
     lasts: dict[str, float] = {}
     TransformersSampler.sample = wrapped("rollout", TransformersSampler.sample)  # type: ignore[method-assign]
-    judge.Judge.rollout = wrapped("scoring", judge.Judge.rollout)  # type: ignore[method-assign]
+    scoring.Scoring.rollout = wrapped("scoring", scoring.Scoring.rollout)  # type: ignore[method-assign]
     online.OnlineTrainer.update = wrapped("update", online.OnlineTrainer.update)  # type: ignore[method-assign]
     online.save_checkpoint = wrapped("checkpoint", online.save_checkpoint)
 

@@ -17,7 +17,7 @@ from rlhf_nb.protocol.glossary import GLOSSARY
 from rlhf_nb.protocol.spec import CombinedReward, FunctionReward, LoRA, RewardPart, RunSpec
 from rlhf_nb.training import checkpoints
 from rlhf_nb.training.data import prompt_ids
-from rlhf_nb.training.online_pairs import PairJudge, tied_share
+from rlhf_nb.training.online_pairs import PairScoring, tied_share
 from rlhf_nb.training.sampling import sequence_logprobs
 from tests.methods.conftest import LETTERS, ROWS, VOWELS, asking, fold, function
 
@@ -101,13 +101,13 @@ def test_pairs_and_kl_are_those_of_the_tokens_that_were_said_and_of_no_padding(r
         model.lm_head.weight[1] *= 40
     model.save_pretrained(run.job.model)
     asked: list[tuple[list[int], list[list[int]]]] = []
-    genuine = PairJudge.__call__
+    genuine = PairScoring.__call__
 
     def recorded(self, *, row, completion_ids, **named):
         asked.append((row, completion_ids))
         return genuine(self, row=row, completion_ids=completion_ids, **named)
 
-    monkeypatch.setattr(PairJudge, "__call__", recorded)
+    monkeypatch.setattr(PairScoring, "__call__", recorded)
     place = run(max_steps=3, batch_size=6, learning_rate=1e-2, checkpoint_every=2)
     tokenizer = AutoTokenizer.from_pretrained(run.job.model)
     reference = AutoModelForCausalLM.from_pretrained(run.job.model)

@@ -40,7 +40,7 @@ class Part:
     shift: float = 0.0
 
 
-class Judge:
+class Scoring:
     """Scores this rank's completions. Texts go in, never tokens: no tokenizer need be shared."""
 
     def __init__(
