@@ -3,13 +3,15 @@
 Every run is a process of its own (`jail.py`): empty environment, no descriptor but its pipes, limits on CPU, wall-clock
 time, memory, processes, open files and what it writes, killed whole when its time is up or when whoever asked dies.
 
+Where the kernel has seccomp, a filter refuses the system calls that look into other processes, mount, hold keys or
+reach the parts of the kernel in which holes are found; `require` says whether it does.
+
 isolated  Beside that: namespaces for users, mounts, processes, network, IPC and host name; no capability; user nobody.
           Seen: the interpreter's own libraries, /usr and the system's libraries, read-only; an empty /work of
           `work_bytes`, gone with the run; /dev/null, zero, random, urandom. Not seen: anything else, /proc among it; no
-          network. Linux ≥ 5.14 with user namespaces. There is no seccomp filter: the kernel's system calls stay open to
-          a process that has no privilege.
-weak      Only the limits. Files that the user can read, and the network, stay in reach; root becomes nobody. It may
-          start no process: a user's limit counts all that the user runs.
+          network. Linux ≥ 5.14 with user namespaces.
+weak      Only the limits and the filter. Files that the user can read, and the network, stay in reach; root becomes
+          nobody. It may start no process: a user's limit counts all that the user runs.
 """
 
 from __future__ import annotations
@@ -90,20 +92,33 @@ def require(level: Level) -> str:
         )
     if reason:
         raise UnavailableError(f'sandbox="weak": {reason}; use an interpreter that every user can read')
+    filtered = "a seccomp filter" if _filtered(level) else "no seccomp filter on this kernel"
     if level == "isolated":
-        return "isolated: own user, mount, PID, network, IPC and UTS namespaces, no capabilities; no seccomp filter"
-    return "weak: limits alone; the code can read files and reach the network"
+        return f"isolated: own user, mount, PID, network, IPC and UTS namespaces, no capabilities, {filtered}"
+    return f"weak: limits and {filtered}; the code can read files and reach the network"
+
+
+PROBE = "import ctypes\nprint('up', ctypes.CDLL(None).prctl(21, 0, 0, 0, 0))"
+"""PR_GET_SECCOMP is 2 under a filter."""
+
+
+def _missing(level: Level) -> str:
+    """Why a level cannot be had on this machine, or nothing."""
+    said = _probed(level)
+    return "" if said.startswith("up ") else said
+
+
+def _filtered(level: Level) -> bool:
+    return _probed(level) == "up 2"
 
 
 @cache
-def _missing(level: Level) -> str:
-    """Why a level cannot be had on this machine, or nothing."""
+def _probed(level: Level) -> str:
+    """What a run of a level says of itself, or why there was none."""
     if not sys.platform.startswith("linux"):
         return f"needs Linux and this is {sys.platform}"
-    with Jail("print('up')", level=level) as jail:
+    with Jail(PROBE, level=level) as jail:
         outcome = jail.wait()
-    if (outcome.status, outcome.output.strip()) == (0, b"up"):
-        return ""
     said = outcome.output.decode("utf-8", "replace").strip().splitlines()
     return said[-1] if said else f"its first process ended with status {outcome.status}"
 

@@ -105,6 +105,8 @@ class OnlineTrainer:
         self.prompts = 0
         """Prompts drawn so far."""
         self._between_rollouts = True
+        self._used_up_at = self._waiting_for = 0
+        """Step after which the rollout is used up, unless its passes end early; and the one that a person was told."""
         self.checkpointed = 0
         """Step of the last checkpoint."""
         self.samples = SampleTable(self)
@@ -195,6 +197,7 @@ class OnlineTrainer:
                 self.report.rollout(rollout, credit, seconds)
                 self.doctor.look(rollout)
             self._between_rollouts, held, updating_s = False, False, 0.0
+            self._used_up_at = min(self.method.max_steps, self.step + self.method.passes * self.method.num_mini_batches)
             for index, (minibatch, extent) in enumerate(self.minibatches(rollout, credit)):
                 if index and not self._goes_on(new_rollout=False):
                     break
@@ -281,6 +284,12 @@ class OnlineTrainer:
         if loop.checkpoint_requested and self._between_rollouts:
             loop.checkpoint_requested.clear()
             self.save_checkpoint()
+        elif loop.checkpoint_requested and self._waiting_for != self._used_up_at:
+            self._waiting_for = self._used_up_at
+            self.emit.notice(
+                "checkpoint_waits",
+                f"checkpoints are taken between rollouts: this one after step {self._used_up_at} at the latest",
+            )
 
     def _answer(self) -> None:
         loop = self.context.control

@@ -20,13 +20,13 @@ LINE = json.dumps(PAIR) + "\n"
     [
         ("x.jsonl", b"", r"x.jsonl is empty \(0 bytes\); export it again"),
         ("x.jsonl", b"\n \n", r"x.jsonl has 0 rows; nothing to import"),
-        ("x.jsonl.gz", gzip.compress(b""), r"x.jsonl.gz is empty once unpacked"),
+        ("x.jsonl.gz", gzip.compress(b"", mtime=0), r"x.jsonl.gz is empty once unpacked"),
         ("x.json", b"[]", r"x.json has 0 rows"),
         ("x.csv", b"prompt,chosen,rejected\n", r"x.csv has a header and 0 rows"),
-        ("x.jsonl.gz", gzip.compress(LINE.encode() * 99)[:-20], r"x.jsonl.gz is cut off.*download it again"),
+        ("x.jsonl.gz", gzip.compress(LINE.encode() * 99, mtime=0)[:-20], r"x.jsonl.gz is cut off.*download it again"),
         (
             "x.jsonl.gz",
-            gzip.compress(LINE.encode() * 99)[:40] + b"\0" * 40,
+            gzip.compress(LINE.encode() * 99, mtime=0)[:40] + b"\0" * 40,
             r"x.jsonl.gz is (damaged|cut off|a damaged).*download",
         ),
         ("x.jsonl.gz", LINE.encode(), r"x.jsonl.gz is named .gz but is not gzip"),

@@ -21,7 +21,7 @@ def lines(*rows: object) -> bytes:
     ("name", "content", "says"),
     [
         ("empty.jsonl", b"", "empty"),
-        ("cut.jsonl.gz", gzip.compress(lines(*[PAIR] * 500))[:-20], "cut.jsonl.gz"),
+        ("cut.jsonl.gz", gzip.compress(lines(*[PAIR] * 500), mtime=0)[:-20], "cut.jsonl.gz"),
         ("columns.jsonl", lines({"foo": "a", "bar": "b"}), "foo"),
         ("same.jsonl", lines({**PAIR, "rejected": "because"}), "identical"),
         ("latin.csv", "prompt,chosen,rejected\ncafé,à,b\n".encode("latin-1"), "UTF-8"),

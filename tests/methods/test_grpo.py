@@ -12,7 +12,7 @@ import torch
 from rlhf_nb import registry
 from rlhf_nb.errors import SpecError
 from rlhf_nb.methods.base import Method
-from rlhf_nb.protocol.control import Preview, SetCoefficient
+from rlhf_nb.protocol.control import Preview, SaveCheckpoint, SetCoefficient
 from rlhf_nb.protocol.spec import LoRA, RunSpec
 from rlhf_nb.training import online
 from rlhf_nb.training.rollout.base import Completions
@@ -191,6 +191,15 @@ def test_resumed_between_rollouts_it_goes_on_as_if_it_had_never_stopped(run, met
     assert settled(fold(place)) == settled(fold(whole))
     for one in sorted(path.name for path in whole.model.glob("*.safetensors")):
         assert (place.model / one).read_bytes() == (whole.model / one).read_bytes()
+
+
+def test_a_checkpoint_asked_for_amid_a_rollout_is_taken_at_its_end_and_that_is_said_at_once(run):
+    place = run("grpo", num_iterations=3, max_steps=6, after_step_1=SaveCheckpoint())
+    events = [e for e in place.events() if e.kind in ("notice", "checkpoint_saved", "metric")]
+    (said,) = [e for e in events if getattr(e, "code", "") == "checkpoint_waits"]
+    assert "after step 3" in said.text
+    assert [e.step for e in events if e.kind == "checkpoint_saved"] == [3]
+    assert not [e for e in events[: events.index(said)] if e.kind == "metric" and e.step == 2 and "loss" in e.values]
 
 
 def settled(folded):

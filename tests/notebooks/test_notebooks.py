@@ -86,6 +86,15 @@ def test_ai_feedback_finds_where_the_judge_goes_wrong_and_mends_drafts(tmp_path,
     assert gained and float(gained[2]) > 0, said
 
 
+def test_a_chain_of_four_stages_is_traced_back_to_its_labels(tmp_path, monkeypatch):
+    texts = run("06_a_chain.ipynb", tmp_path, monkeypatch)
+    tree = texts["tree = ws.lineage(ppo)"]
+    for name in ("ppo-1", "grpo-1", "dpo-1", "sft-1", "reward-1", "labels-of-may", "toy-demonstrations"):
+        assert name in tree, tree
+    assert "'chosen'" in texts['labels = tree.find("labels-of-may")']
+    assert list(tmp_path.rglob("for-a-colleague/model.safetensors"))
+
+
 def test_chapters_are_numbered_and_end_with_something_to_change():
     names = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
     assert names[0] == "00_quickstart.ipynb" and os.fspath(NOTEBOOKS)

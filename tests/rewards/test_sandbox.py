@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from rlhf_nb.errors import UnavailableError
-from rlhf_nb.rewards import sandbox
+from rlhf_nb.rewards import jail, sandbox
 from rlhf_nb.rewards.sandbox import Jail, Limits
 
 SHORT = Limits(wall_s=3.0, cpu_s=1)
@@ -220,6 +221,69 @@ def test_privileges_cannot_be_had_back():
     assert done.output.split() == [b"65534", b"-1", b"-1", b"-1"]
 
 
+def verdict(machine: str, number: int, argument: int = 0, architecture: int | None = None) -> int:
+    """What the filter says of a system call, by the rules of classic BPF."""
+    given = {0: number, 4: jail.ARCHITECTURES[machine][1] if architecture is None else architecture, 16: argument}
+    tests = {0x15: lambda a, k: a == k, 0x35: lambda a, k: a >= k, 0x45: lambda a, k: bool(a & k)}
+    program, at, looked = jail.system_call_filter(machine), 0, 0
+    while True:
+        code, yes, no, k = program[at]
+        if code == 0x06:
+            return k
+        if code == 0x20:
+            looked = given[k]
+        at += 1 + ((yes if tests[code](looked, k) else no) if code in tests else 0)
+
+
+@pytest.mark.parametrize("machine", jail.ARCHITECTURES)
+def test_the_filter_refuses_what_is_listed_and_nothing_else(machine):
+    column = jail.ARCHITECTURES[machine][0]
+    allow, kill, no = 0x7FFF0000, 0x80000000, 0x00050000
+    special = {numbers[column] for numbers in (jail.CLONE, jail.CLONE3, jail.SOCKET)}
+    denied = {numbers[column] for numbers in jail.DENIED}
+    for number in range(600):
+        if number not in special:
+            assert verdict(machine, number) == (no | errno.EPERM if number in denied else allow)
+    fork, threads = 17, 0x3D0F00
+    assert [verdict(machine, jail.CLONE[column], flags) for flags in (fork, threads)] == [allow, allow]
+    for flag in (0x10000000, 0x00020000, 0x20000000, 0x40000000, 0x08000000, 0x04000000):
+        assert verdict(machine, jail.CLONE[column], fork | flag) == no | errno.EPERM
+    assert verdict(machine, jail.CLONE3[column]) == no | errno.ENOSYS
+    families = {family: verdict(machine, jail.SOCKET[column], family) for family in range(50)}
+    assert {family for family, said in families.items() if said == allow} == {1, 2, 10}
+    assert set(families.values()) == {allow, no | errno.EAFNOSUPPORT}
+    assert verdict(machine, 39, architecture=3) == kill, "a 32-bit call has other numbers"
+    if machine == "x86_64":
+        assert verdict(machine, 0x40000000 + 39) == no | errno.EPERM
+
+
+@isolated
+@pytest.mark.skipif("a seccomp filter" not in (WHY_NOT or sandbox.require("isolated")), reason="no seccomp here")
+def test_the_kernel_holds_a_run_to_the_filter():
+    """Each of these is allowed to a process without privilege: to be traced, its personality, a new name space of
+    users, sockets of other families."""
+    column = jail.ARCHITECTURES[os.uname().machine][0]
+    trace, personality = jail.DENIED[0][column], next(n[column] for n in jail.DENIED if n == (135, 92))
+    done = run(f"""
+        import ctypes, errno, os, socket, threading
+        libc = ctypes.CDLL(None, use_errno=True)
+        for number, argument in (({trace}, 0), ({personality}, 0xFFFFFFFF), ({jail.CLONE[column]}, 0x10000000 | 17)):
+            print(libc.syscall(number, argument, 0, 0, 0, 0), errno.errorcode[ctypes.get_errno()])
+        for family in (socket.AF_NETLINK, socket.AF_VSOCK):
+            try:
+                socket.socket(family, socket.SOCK_RAW if family == socket.AF_NETLINK else socket.SOCK_STREAM)
+            except OSError as error:
+                print(errno.errorcode[error.errno])
+        thread = threading.Thread(target=print, args=("a thread",))
+        thread.start()
+        thread.join()
+        socket.socketpair()
+    """)
+    said = done.output.decode().split("\n")
+    assert said[:3] == ["-1 EPERM"] * 3 and said[3:5] == ["EAFNOSUPPORT"] * 2 and said[5] == "a thread", said
+    assert done.status == 0
+
+
 @isolated
 def test_nothing_is_inherited_but_the_channel(tmp_path):
     kept = (tmp_path / "open.txt").open("w")
@@ -284,13 +348,13 @@ def test_code_is_refused_where_it_cannot_be_isolated(monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux")
 def test_a_wall_that_cannot_be_built_is_named(monkeypatch):
-    sandbox._missing.cache_clear()
+    sandbox._probed.cache_clear()
     monkeypatch.setattr(sandbox, "_visible", lambda: ["/no-such-directory"])
     try:
         with pytest.raises(UnavailableError, match=r'^sandbox="isolated": .+: .+; allow unprivileged user namespaces'):
             sandbox.require("isolated")
     finally:
-        sandbox._missing.cache_clear()
+        sandbox._probed.cache_clear()
 
 
 @pytest.fixture
@@ -298,13 +362,13 @@ def weak(monkeypatch):
     """An interpreter that every user may read: root's own may be in its home."""
     if os.getuid() == 0 and Path("/usr/bin/python3").exists():
         monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
-    sandbox._missing.cache_clear()
+    sandbox._probed.cache_clear()
     try:
         sandbox.require("weak")
     except UnavailableError as refusal:
         pytest.skip(str(refusal))
     yield
-    sandbox._missing.cache_clear()
+    sandbox._probed.cache_clear()
 
 
 def test_weak_keeps_the_limits_and_starts_no_process(weak):
