@@ -188,6 +188,7 @@ class OnlineTrainer:
         if self.context.resume_from is not None:
             self.step, self.rollouts = load_checkpoint(self.context.resume_from, self)
             self.checkpointed = self.step
+        self.report.tether()
         while self._goes_on(new_rollout=True):
             with sharding.gathered(self.module):
                 rollout, seconds = self.collect()

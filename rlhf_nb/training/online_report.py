@@ -24,6 +24,18 @@ class Report:
         self.said: set[str] = set()
         """Notices that are given once in a run."""
 
+    def tether(self) -> None:
+        """Say at the start where nothing holds the policy: a reward is then followed wherever it leads."""
+        method = self.trainer.method
+        if method.reference == "none":
+            self._once("no_tether", "reference=none: no distance is measured and nothing holds the policy to its start")
+        elif not getattr(self.trainer.live, method.tether):
+            self._once(
+                "no_tether",
+                f"{method.tether}=0: nothing holds the policy to the reference. The KL is measured all the same, and "
+                f"{method.tether} can be raised while the run goes on",
+            )
+
     def rollout(self, rollout: Rollout, credit: Credit, seconds: dict[str, float]) -> None:
         """Before the rollout's first update; the metrics stand at the step that follows."""
         trainer, mask_BT = self.trainer, rollout.mask_BT

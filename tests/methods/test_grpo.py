@@ -214,6 +214,7 @@ def test_beta_from_nothing_is_in_the_loss_of_the_very_next_step(run, trace):
     free = run("grpo", name="free", beta=0.0, max_steps=3, num_iterations=3)
     asked = SetCoefficient(name="beta", value=2.0)
     held = run("grpo", name="held", beta=0.0, max_steps=3, num_iterations=3, after_step_1=asked)
+    assert [e.text.split(":")[0] for e in free.events() if getattr(e, "code", "") == "no_tether"] == ["beta=0"]
     (change,) = fold(held).changes
     assert change.effective_step == 2
     loss, without, kl = trace(held, "loss"), trace(free, "loss"), trace(held, "loss/kl")
@@ -274,6 +275,8 @@ def test_without_a_reference_beta_is_refused_with_the_reason(run):
     (beta,) = [c for c in started.coefficients if c.name == "beta"]
     assert "reference=none" in (beta.unavailable_reason or "")
     assert started.has_reference is False
+    (said,) = [e.text for e in place.events() if getattr(e, "code", "") == "no_tether"]
+    assert "no distance is measured" in said
 
 
 # --- knobs ------------------------------------------------------------------------------------------------------------
