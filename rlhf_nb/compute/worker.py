@@ -97,7 +97,7 @@ def _train(arguments: argparse.Namespace, rank: int, watcher: ProcessIdentity) -
         os.chdir(place.path)
         _introduce(place, rank, watcher)
         _run(place, rank, warm)
-        _leave_in_order()
+        leave_in_order()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else (0 if leaving.code is None else 1)
         _record_error(arguments, rank, leaving) if code else None
@@ -204,7 +204,7 @@ def _oom_evidence(error: BaseException) -> str | None:
     return "DefaultCPUAllocator" if "can't allocate memory" in text else None
 
 
-def _leave_in_order() -> NoReturn:
+def leave_in_order() -> NoReturn:
     """What the interpreter does at exit for others, without taking itself apart: with torch that costs a second."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

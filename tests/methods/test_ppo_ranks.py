@@ -33,6 +33,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 from rlhf_nb.compute.rundir import EventWriter, append_line
+from rlhf_nb.compute import worker
 from rlhf_nb.training import actor_critic, distributed, job, online
 
 asked = json.loads(sys.argv[1])
@@ -79,6 +80,8 @@ resume_from = Path(asked["resume_from"]) if asked.get("resume_from") else None
 job.run(place, blobs=place.parent, runs_root=place.parent, rank=rank, world_size=int(os.environ.get("WORLD_SIZE", "1")),
         warm=False, attempt=2 if resume_from else 1, resume_from=resume_from)
 distributed.stop()
+# As the worker does: torch's threads do not survive that the interpreter takes itself apart.
+worker.leave_in_order()
 """
 
 pytestmark = pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ def run_session(folder: Path, source: str, *args: str) -> subprocess.CompletedPr
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a device\n", "utf-8")
     (folder / "test_inner.py").write_text(source, "utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args, str(folder)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    # This session may be one process of several: the one inside is not.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=folder, env=alone, capture_output=True, text=True, check=False, timeout=120)
 
 
 LEAVES_A_DETACHED_PROCESS = """

@@ -18,12 +18,15 @@ from rlhf_nb.training import checkpoints
 RANK = """
 import os, sys
 from pathlib import Path
+from rlhf_nb.compute import worker
 from rlhf_nb.training import distributed, job
 root, name, attempt = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 resume_from = Path(sys.argv[4]) if len(sys.argv) > 4 else None
 job.run(root / name, blobs=root, runs_root=root, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
         warm=False, attempt=attempt, resume_from=resume_from)
 distributed.stop()
+# As the worker does: torch's threads do not survive that the interpreter takes itself apart.
+worker.leave_in_order()
 """
 FLAGS = "--multi_gpu --num_processes 2 --main_process_port 0"
 CONFIG = {
