@@ -265,20 +265,29 @@ class Agent:
         for rows in asked.data_sets:
             if isinstance(rows, BlobData) and not self._blob(rows.content_hash).exists():
                 raise ComputeError(f'data "{rows.name}" has not arrived on the compute; import it again')
+        lock = Lock(run)
         try:
             run.create(asked)
+            lock.take()
             # The attempt comes last: a directory without it was never submitted, and submitting again completes it.
             self.turns.enter(asked.run_id, time.time())
             write_json(run.attempt_path, {"attempt": 1, "resume_from": None})
-            self._begin(run, asked)
+            self._begin(run, asked, lock)
         except OSError:
             self.turns.leave(asked.run_id)
             shutil.rmtree(run.path, ignore_errors=True)
             raise
+        finally:
+            lock.release()
         return {"created": True}
 
-    def _begin(self, run: RunDir, spec: RunSpec) -> None:
-        """Straight to a standby where nothing is in the way, which saves a process start; else through a supervisor."""
+    def _begin(self, run: RunDir, spec: RunSpec, lock: Lock) -> None:
+        """Straight to a standby where nothing is in the way, which saves a process start; else through a supervisor.
+
+        Args:
+            lock: Held: until the standby's supervisor is known as the run's, whoever looks for runs without one would
+                start another, and the job be done twice.
+        """
         if all(parent_state(self.runs_root, parent)[0] == "ready" for parent in spec.parents):
             with self.turns.lock():
                 if self.turns.ahead_of(run.run_id) is None:
@@ -286,6 +295,7 @@ class Agent:
                     if taken is not None:
                         hand_over(run, taken)
                         return
+        lock.release()
         start_supervisor(run)
 
     def op_runs(self) -> list[dict[str, Any]]:
@@ -342,9 +352,9 @@ class Agent:
                     writer.write(Resumed(step=step, attempt=attempt, from_step=step))
                     writer.close()
                 self.turns.enter(run_id, time.time())
+                self._begin(run, run.spec(), lock)
             finally:
                 lock.release()
-            self._begin(run, run.spec())
         return {"attempt": attempt, "from_step": step}
 
     def op_log_tail(self, run_id: str, lines: int) -> list[str]:

@@ -142,6 +142,9 @@ class Supervisor:
             self._append_terminal(self.run.exit() or {})
             return
         before = self.run.supervisor() or {}
+        if before.get("phase") == "computing" and before.get("pid") != os.getpid() and self.run.supervised():
+            # Handed to a standby while this process was starting: its supervisor waits for the lock.
+            return
         if before.get("phase") == "computing" and (before.get("launcher") or self.run.rank_files()):
             self._adopt(before)
             return

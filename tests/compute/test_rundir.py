@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import psutil
 import pytest
 
 from rlhf_nb.compute import agent as agent_module
+from rlhf_nb.compute import supervisor
 from rlhf_nb.compute.agent import Agent
 from rlhf_nb.compute.rundir import EventWriter, LineTail, ProcessIdentity, RunDir, append_line, write_json
 from rlhf_nb.compute.supervisor import ensure_supervised
@@ -139,6 +142,42 @@ def test_a_supervisor_that_died_before_its_last_line_is_made_good(tmp_path: Path
     assert run.events()[-1].reason == "the test says so"
     until(lambda: not run.supervised(), 30)
     assert not ensure_supervised(run.path)
+
+
+def test_nobody_is_called_to_a_run_that_is_just_being_given_to_a_standby(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run without a supervisor is looked for all the time: between its first file and its standby, it is none."""
+    spec = toy_spec()
+    for name, content in BLOBS.items():
+        agent.op_put_blob(name, 0, True, content)
+    started: list[str] = []
+    for module in (agent_module, supervisor):
+        monkeypatch.setattr(module, "start_supervisor", lambda run: started.append(run.path.name))
+    called: list[bool] = []
+
+    def claim(runs_root: Path, launch: Launch) -> tuple[None, str]:
+        called.append(ensure_supervised(runs_root / spec.run_id))
+        return None, ""
+
+    monkeypatch.setattr(agent_module.standby, "claim", claim)
+    agent.op_submit(spec.model_dump(mode="json"))
+    assert called == [False]
+    assert spec.run_id in started
+    assert supervisor.Lock(RunDir(agent.runs_root / spec.run_id)).take(), "free again for whoever supervises"
+
+
+def test_a_supervisor_that_comes_late_leaves_a_run_to_the_standby_it_was_given_to(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "probe-y")
+    run.create(toy_spec(run_id="probe-y"))
+    write_json(run.attempt_path, {"attempt": 1, "resume_from": None})
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as owner:
+        given = ProcessIdentity.of(owner.pid).to_dict() | {"phase": "computing", "standby": "s", "attempt": 1}
+        write_json(run.supervisor_path, given)
+        supervisor.main([str(run.path)])
+        assert run.supervisor() == given
+        assert run.events() == []
+        owner.kill()
 
 
 def test_a_process_is_known_by_more_than_its_pid() -> None:
