@@ -27,8 +27,6 @@ from rlhf_nb.methods.base import LiveCoefficient
 from rlhf_nb.methods.online import ROLLOUT, OnlineMethod, kl_penalty, without_reference
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rlhf_nb.protocol.spec import RunSpec
     from rlhf_nb.training.online_types import Credit, Extent, Live, Minibatch, Outputs, Rollout, TokenLosses
 
@@ -133,11 +131,6 @@ class GRPO(OnlineMethod):
         return f"{self.name} holds its KL in the loss: the optimum is not known in closed form; rloo and ppo can tell"
 
     # --- the maths --------------------------------------------------------------------------------------------------
-
-    def wasted(self, score_PG: Tensor) -> Tensor:
-        from rlhf_nb.maths.advantages import flat_groups
-
-        return flat_groups(score_PG)
 
     def penalised(self, rollout: Rollout, live: Live) -> Any:
         """(B,) the score that is optimised: less what a cut or overlong completion and each token cost."""

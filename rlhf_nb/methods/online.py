@@ -6,6 +6,7 @@ The loop that calls them is training/online.py; hooks are named for when it call
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -186,8 +187,10 @@ class OnlineMethod(Method):
         return 0
 
     def wasted(self, score_PG: Tensor) -> Tensor:
-        """(P,) bool: groups from which nothing can be learnt."""
-        raise NotImplementedError
+        """(P,) bool: groups from which nothing can be learnt, since their scores are all equal."""
+        from rlhf_nb.maths.advantages import flat_groups
+
+        return flat_groups(score_PG)
 
     @property
     def num_mini_batches(self) -> int:
@@ -262,13 +265,13 @@ class OnlineMethod(Method):
         cut_B = (~rollout.ended_B).to(rollout.score_B.dtype)
         return rollout.score_B - self.missing_eos_penalty * cut_B - live.length_penalty * rollout.mask_BT.sum(1)
 
+    @abstractmethod
     def credit(self, rollout: Rollout, live: Live) -> Credit:
         """From scores to an advantage for each token; once a rollout, over all ranks' completions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: Minibatch, outputs: Outputs, live: Live) -> TokenLosses:
         """Losses of each token."""
-        raise NotImplementedError
 
     def importance_weight(self, batch: Minibatch) -> Any:
         """(B, T) what a token's loss is weighted by: 1, or where `importance_cap` is given the trainer's odds over the

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rlhf_nb.compute.rundir import EventWriter, append_line
 from rlhf_nb.data.rows import content_hash, encode_rows
@@ -79,3 +86,36 @@ def fold(place) -> RunFold:
 def rollouts(place) -> list[dict[str, float]]:
     """Rows of metrics that a rollout opens."""
     return [row for row in fold(place).table() if "reward/mean" in row]
+
+
+def killed(place, *, each: int, seed: int = 7) -> dict[str, Any]:
+    """Run a prepared job to its end through deaths by SIGKILL, at least `each` of them in each phase of a rollout."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("killer.py")), str(place.path), str(each), str(seed)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["status"] == 0
+    assert all(said["hit"][phase] >= each for phase in ("rollout", "scoring", "update", "checkpoint")), said
+    return said
+
+
+def same_to_the_bit(place, whole) -> None:
+    """A run that died is one that never did: its metrics, also those of attempts that were superseded, its weights."""
+
+    def numbers(rows) -> list[dict[str, float]]:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+    assert numbers(fold(place).table()) == numbers(fold(whole).table()) != []
+    once: dict[tuple, dict[str, float]] = {}
+    for event in place.events():
+        if event.kind == "metric":
+            (said_now,) = numbers([event.values])
+            if said_now:
+                assert once.setdefault((event.step, event.rollout, *said_now), said_now) == said_now
+    assert [event.seq for event in place.events()] == list(range(1, len(place.events()) + 1))
+    a, b = (load_file(each.model / "model.safetensors") for each in (place, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +23,7 @@ from rlhf_nb.training import checkpoints, models, online
 from rlhf_nb.training.actor_critic import trunk_and_head
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 
-from .conftest import LETTERS, ROWS, fold, rollouts
+from .conftest import LETTERS, ROWS, fold, killed, rollouts, same_to_the_bit
 
 CONFIG = {
     "max_steps": 16, "rollout_batch_size": 4, "batch_size": 2, "num_ppo_epochs": 2, "max_new_tokens": 6,
@@ -257,36 +253,9 @@ def test_a_run_killed_twenty_times_in_every_phase_equals_one_that_never_was(ppo)
     knobs = {"max_steps": 160, "checkpoint_every": 1, "kl_target": 0.5, "kl_horizon": 400, "learning_rate": 1e-3}
     whole = ppo("whole", **knobs)
     place = ppo("killed", prepare=True, **knobs)
-    each = 5
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killer.py")), str(place.path), str(each), "7"],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert (
-        said["status"] == 0
-        and said["deaths"] >= 20
-        and all(said["hit"][phase] >= each for phase in ("rollout", "scoring", "update"))
-    )
-    assert said["hit"]["checkpoint"] >= each
-
-    def numbers(rows) -> list[dict[str, float]]:
-        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-    assert numbers(fold(place).table()) == numbers(fold(whole).table())
-    # What was superseded had said the same: the dead attempts were on the very same path.
-    once: dict[tuple, dict[str, float]] = {}
-    for event in place.events():
-        if event.kind == "metric":
-            (said_now,) = numbers([event.values])
-            if said_now:
-                assert once.setdefault((event.step, event.rollout, *said_now), said_now) == said_now
-    assert [event.seq for event in place.events()] == list(range(1, len(place.events()) + 1))
-    a, b = (load_file(each.model / "model.safetensors") for each in (place, whole))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    said = killed(place, each=5)
+    assert said["deaths"] >= 20
+    same_to_the_bit(place, whole)
 
 
 # --- memory and precision ---------------------------------------------------------------------------------------------
