@@ -2,7 +2,7 @@ import { expect, test } from "vitest";
 import type { Link } from "../src/lib/link";
 import type { Figure, KernelMessage } from "../src/lib/protocol";
 import { RunStore } from "../src/lib/run_store";
-import { createCurves } from "../src/views/panel_curves";
+import { createCurves, SET } from "../src/views/panel_curves";
 
 const figure = (metric: string): Figure => ({ id: metric, metric, label: metric, glossary: "", unit: "", series: {}, item: metric }) as unknown as Figure;
 
@@ -39,4 +39,11 @@ test("a page that hears of figures again while the first are being drawn draws e
   expect(drawn).toEqual(["loss", "policy/entropy", "data/epoch"]);
   curves.dispose();
   store.dispose();
+});
+
+test("what is set is drawn as it was, whatever a method calls its tether", () => {
+  for (const metric of ["objective/kl_coef", "objective/beta", "objective/temperature", "optimizer/learning_rate"]) {
+    expect(SET.test(metric)).toBe(true);
+  }
+  for (const metric of ["kl/policy_reference", "reward/score", "loss", "group/flat_fraction"]) expect(SET.test(metric)).toBe(false);
 });

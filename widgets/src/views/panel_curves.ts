@@ -28,6 +28,9 @@ interface Cell {
   stale: boolean;
 }
 
+/** What a person or a schedule sets has no noise: smoothing it would show values that never were. */
+export const SET = /^(objective\/.*|optimizer\/learning_rate|data\/epoch)$/;
+
 export function createCurves(store: RunStore): Tab {
   const grid = h("div.rlhf-grid");
   const note = h("p.rlhf-quiet", {}, "Waiting for the first numbers.");
@@ -124,8 +127,7 @@ export function createCurves(store: RunStore): Tab {
     settingRanges = true;
     for (const cell of cells.values()) {
       const series = store.rows.series.get(cell.figure.metric);
-      // What a person or a schedule sets has no noise: smoothing it would show values that never were.
-      const exact = /^(objective\/.*_coef|optimizer\/learning_rate|data\/epoch)$/.test(cell.figure.metric);
+      const exact = SET.test(cell.figure.metric);
       if (cell.chart && cell.visible) drawOne(cell, cell.chart, series, from, to, exact);
     }
     settingRanges = false;
