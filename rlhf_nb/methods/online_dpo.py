@@ -115,7 +115,7 @@ class OnlineDPO(GradientMethod):
         from rlhf_nb.training import models
         from rlhf_nb.training.arguments import lora_config, model_arguments, training_arguments
         from rlhf_nb.training.control import BoundCoefficient
-        from rlhf_nb.training.online_pairs import PairScoring, prompts_that_fit
+        from rlhf_nb.training.online_pairs import PairScoring, trainer_rows
         from rlhf_nb.training.sampling import Sampler
         from rlhf_nb.training.trainer import SteeredTrainer
 
@@ -136,7 +136,7 @@ class OnlineDPO(GradientMethod):
                 temperature=self.temperature,
                 missing_eos_penalty=self.missing_eos_penalty,
             ),
-            train_dataset=Dataset.from_list(prompts_that_fit(context, tokenizer, max_length - self.max_new_tokens)),
+            train_dataset=Dataset.from_list(trainer_rows(context, tokenizer, max_length)),
             processing_class=tokenizer,
             peft_config=lora_config(context, "CAUSAL_LM"),
         )

@@ -24,12 +24,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rlhf_nb.errors import DataError, RewardError, SpecError
+from rlhf_nb.errors import RewardError, SpecError
 from rlhf_nb.maths import kl
 from rlhf_nb.maths.controllers import RunningMoments
 from rlhf_nb.maths.masked import masked_sum
 from rlhf_nb.protocol.events import CoefficientChanged, ControlRefused
-from rlhf_nb.training import actor_critic, data, distributed, models, not_finite, sharding
+from rlhf_nb.training import actor_critic, distributed, models, not_finite, sharding
 from rlhf_nb.training.collect import collect
 from rlhf_nb.training.control import BoundCoefficient
 from rlhf_nb.training.gradient_noise import GradientNoise
@@ -41,7 +41,7 @@ from rlhf_nb.training.online_samples import SampleTable
 from rlhf_nb.training.online_types import Credit, Extent, Minibatch, Outputs, Read, Rollout
 from rlhf_nb.training.pretraining import Pretraining
 from rlhf_nb.training.preview import answer as answer_preview
-from rlhf_nb.training.prompt_order import PromptOrder
+from rlhf_nb.training.prompt_order import prompts_that_fit
 from rlhf_nb.training.reference_said import ReferenceSaid
 from rlhf_nb.training.rollout.base import Sampler
 from rlhf_nb.training.rollout.choose import sampler_for
@@ -72,7 +72,9 @@ class OnlineTrainer:
             # What stands on weights that are not sharded would keep them all.
             self.reference.backbone = None
         max_length = models.max_length(path, method.max_length, self.emit)
-        self._take_prompts(max_length)
+        fitting = prompts_that_fit(context, self.tokenizer, max_length)
+        self.prompt_room, self.prompt_ids, self.prompt_order = fitting.room, fitting.ids, fitting.order
+        self.rows = [context.rows[index] for index in fitting.kept]
         self.pretraining = Pretraining(self, max_length) if context.pretraining is not None else None
         if context.spec.reward is None:
             raise SpecError(f"{method.name}: no reward; give reward= a reward model, a registered name or a function")
@@ -136,41 +138,6 @@ class OnlineTrainer:
             precision=self.method.precision,
             value_head=value_head,
         )
-
-    def _take_prompts(self, max_length: int) -> None:
-        """Rows and their tokens, without the prompts that leave no room for a completion."""
-        self.prompt_room = room = max_length - self.method.max_new_tokens
-        if room < 1:
-            raise SpecError(
-                f"{self.method.name}: max_new_tokens={self.method.max_new_tokens} leaves no room for a prompt in "
-                f"{max_length} tokens; lower it"
-            )
-        ids = [data.prompt_ids(row["prompt"], self.tokenizer) for row in self.context.rows]
-        fits = [0 < len(tokens) <= room for tokens in ids]
-        kept = [i for i, fit in enumerate(fits) if fit]
-        if not kept:
-            raise DataError(
-                f"{self.method.name}: none of {len(ids)} prompts has between 1 and {room} tokens, what "
-                f"max_length={max_length} leaves beside max_new_tokens={self.method.max_new_tokens}"
-            )
-        if dropped := len(ids) - len(kept):
-            self.emit.notice(
-                "prompts_dropped",
-                f"{dropped} of {len(ids)} prompts are empty or longer than {room} tokens and were dropped",
-                "warning",
-            )
-        self.rows = [self.context.rows[i] for i in kept]
-        self.prompt_ids = [ids[i] for i in kept]
-        sizes, weights, first = [], [], 0
-        for count, weight in self.context.mixture or ((len(ids), 1.0),):
-            sizes.append(sum(fits[first : first + count]))
-            weights.append(weight)
-            first += count
-        if not all(sizes):
-            raise DataError(
-                f"{self.method.name}: a part of the mixture has no prompt of at most {room} tokens; leave it out"
-            )
-        self.prompt_order = PromptOrder(self.method.seed, sizes, weights)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from rlhf_nb.data.rows import Prompt, Row
-from rlhf_nb.errors import DataError, RlhfError
+from rlhf_nb.errors import RlhfError
 from rlhf_nb.protocol.events import RewardReplaced
 from rlhf_nb.training import checkpoints, data, distributed
 from rlhf_nb.training.control import BoundCoefficient
-from rlhf_nb.training.prompt_order import PromptOrder
+from rlhf_nb.training.prompt_order import prompts_that_fit
 from rlhf_nb.training.rng import undisturbed
 from rlhf_nb.training.scoring import Scoring
 
@@ -30,42 +30,13 @@ if TYPE_CHECKING:
     from rlhf_nb.training.context import Context
 
 
-def prompts_that_fit(context: Context, tokenizer: Any, room: int) -> list[Row]:
-    """Rows of the trainer, `prompt` and `row`, without the prompts that leave no room for a completion.
-
-    Of a mixture: as many as the run will see, drawn in its shares.
-
-    Raises:
-        DataError: None fits, or none of a part of the mixture.
-    """
-    method, rows = context.method, context.rows
-    lengths = [len(data.prompt_ids(row["prompt"], tokenizer)) for row in rows]
-    fits = [0 < length <= room for length in lengths]
-    kept = [index for index, fit in enumerate(fits) if fit]
-    if not kept:
-        raise DataError(
-            f"{method.name}: none of {len(rows)} prompts has between 1 and {room} tokens, what max_length leaves "
-            f"beside max_new_tokens; lower max_new_tokens, or raise max_length"
-        )
-    if dropped := len(rows) - len(kept):
-        context.emit.notice(
-            "prompts_dropped",
-            f"{dropped} of {len(rows)} prompts are empty or longer than {room} tokens and were dropped",
-            "warning",
-        )
+def trainer_rows(context: Context, tokenizer: Any, max_length: int) -> list[Row]:
+    """Rows of the trainer, `prompt` and `row`. Of a mixture: as many as the run will see, drawn in its shares."""
+    fitting = prompts_that_fit(context, tokenizer, max_length)
+    kept = fitting.kept
     if len(context.mixture) > 1:
-        sizes, weights, first = [], [], 0
-        for count, weight in context.mixture:
-            sizes.append(sum(fits[first : first + count]))
-            weights.append(weight)
-            first += count
-        if not all(sizes):
-            raise DataError(
-                f"{method.name}: a part of the mixture has no prompt of at most {room} tokens; leave it out"
-            )
-        order = PromptOrder(method.seed, sizes, weights)
-        kept = [kept[index] for index in order(0, method.max_steps * method.batch_size)]
-    shaped = data.for_trl((rows[index] for index in kept), "prompts", tokenizer)
+        kept = [kept[index] for index in fitting.order(0, context.method.max_steps * context.method.batch_size)]
+    shaped = data.for_trl((context.rows[index] for index in kept), "prompts", tokenizer)
     return [{"prompt": row["prompt"], "row": index} for row, index in zip(shaped, kept, strict=True)]
 
 

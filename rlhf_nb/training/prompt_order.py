@@ -1,10 +1,73 @@
-"""Which prompt each completion of a run answers: passes over all prompts, or over each source of a mixture."""
+"""Which prompt each completion of a run answers: of those that fit, in passes over all or over each source of a mix."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from rlhf_nb.errors import DataError, SpecError
+from rlhf_nb.training import data
+
+if TYPE_CHECKING:
+    from rlhf_nb.training.context import Context
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Prompts that leave room for a completion."""
+
+    room: int
+    """Tokens that a prompt may have."""
+    kept: list[int]
+    """Their numbers among the run's rows."""
+    ids: list[list[int]]
+    """Their tokens."""
+    order: PromptOrder
+    """Over the kept ones."""
+
+
+def prompts_that_fit(context: Context, tokenizer: Any, max_length: int) -> Fitting:
+    """The run's prompts without those that are empty or leave no room for a completion; these are counted and said.
+
+    Args:
+        max_length: Tokens of prompt and completion together.
+
+    Raises:
+        SpecError: No prompt could fit.
+        DataError: None fits, or none of a part of the mixture.
+    """
+    method: Any = context.method
+    room = max_length - method.max_new_tokens
+    if room < 1:
+        raise SpecError(
+            f"{method.name}: max_new_tokens={method.max_new_tokens} leaves no room for a prompt in {max_length} "
+            f"tokens; lower it"
+        )
+    ids = [data.prompt_ids(row["prompt"], tokenizer) for row in context.rows]
+    fits = [0 < len(tokens) <= room for tokens in ids]
+    kept = [index for index, fit in enumerate(fits) if fit]
+    if not kept:
+        raise DataError(
+            f"{method.name}: none of {len(ids)} prompts has between 1 and {room} tokens, what max_length={max_length} "
+            f"leaves beside max_new_tokens={method.max_new_tokens}"
+        )
+    if dropped := len(ids) - len(kept):
+        context.emit.notice(
+            "prompts_dropped",
+            f"{dropped} of {len(ids)} prompts are empty or longer than {room} tokens and were dropped",
+            "warning",
+        )
+    sizes, weights, first = [], [], 0
+    for count, weight in context.mixture or ((len(ids), 1.0),):
+        sizes.append(sum(fits[first : first + count]))
+        weights.append(weight)
+        first += count
+    if not all(sizes):
+        raise DataError(f"{method.name}: a part of the mixture has no prompt of at most {room} tokens; leave it out")
+    return Fitting(room, kept, [ids[index] for index in kept], PromptOrder(method.seed, sizes, weights))
 
 
 class PromptOrder:
