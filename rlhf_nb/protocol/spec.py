@@ -335,6 +335,12 @@ class RunSpec(Frozen):
             parts.append(describe(self.judge))
         return " → ".join(part for part in parts if part)
 
+    def as_code(self) -> str:
+        """The cell that reproduces the run: Python in the public words, given the workspace as `ws`."""
+        from rlhf_nb.protocol.code import as_code
+
+        return as_code(self)
+
 
 def describe(reference: Any) -> str:
     """The shortest name a person would use for a reference."""

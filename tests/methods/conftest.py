@@ -88,18 +88,26 @@ def rollouts(place) -> list[dict[str, float]]:
     return [row for row in fold(place).table() if "reward/mean" in row]
 
 
-def killed(place, *, each: int, seed: int = 7) -> dict[str, Any]:
-    """Run a prepared job to its end through deaths by SIGKILL, at least `each` of them in each phase of a rollout."""
+def killed(*places, each: int, seed: int = 7) -> list[dict[str, Any]]:
+    """Run prepared jobs to their end through deaths by SIGKILL, at least `each` of them in each phase a job has."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killer.py")), str(place.path), str(each), str(seed)],
+        [
+            sys.executable,
+            str(Path(__file__).with_name("killer.py")),
+            str(each),
+            str(seed),
+            *[str(place.path) for place in places],
+        ],
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["status"] == 0
-    assert all(said["hit"][phase] >= each for phase in ("rollout", "scoring", "update", "checkpoint")), said
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"deaths"')]
+    assert len(said) == len(places)
+    for one in said:
+        assert one["status"] == 0
+        assert all(times >= each for times in one["hit"].values()), one
     return said
 
 

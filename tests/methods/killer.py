@@ -1,7 +1,8 @@
-"""Runs one PPO job to its end through many deaths by SIGKILL, each at a seeded moment of a chosen phase.
+"""Runs jobs to their end through many deaths by SIGKILL, each at a seeded moment of a chosen phase.
 
 Every attempt is a fork of this process, which has imported everything and started no thread: a death costs a second
-and not ten. What a death hits, the dying process itself writes into memory that outlives it. Prints one JSON object.
+and not ten. What a death hits, the dying process itself writes into memory that outlives it. Prints one JSON object a
+job.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from rlhf_nb.compute.rundir import RunDir
 from rlhf_nb.training import checkpoints, job
 
 PHASES = ("between", "rollout", "scoring", "update", "checkpoint")
@@ -30,7 +32,7 @@ def die() -> None:
 
 def watch(armed: str, call: int, share: float) -> None:
     """Note which phase the process is in, and let it die in the `call`th of the armed one, after a share of it."""
-    from rlhf_nb.training import online, scoring
+    from rlhf_nb.training import online, scoring, trainer
     from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 
     seen = 0
@@ -55,7 +57,17 @@ def watch(armed: str, call: int, share: float) -> None:
 
         return run
 
+    def train(steered: Any) -> None:
+        """A trainer of TRL's or transformers': wrapped as it stands, whatever its class overrides."""
+        within = steered.trainer
+        within.training_step = wrapped("update", within.training_step)
+        within._save_checkpoint = wrapped("checkpoint", within._save_checkpoint)
+        if hasattr(within, "_generate"):
+            within._generate = wrapped("rollout", within._generate)
+        trains(steered)
+
     lasts: dict[str, float] = {}
+    trains, trainer.SteeredTrainer.train = trainer.SteeredTrainer.train, train  # type: ignore[method-assign]
     TransformersSampler.sample = wrapped("rollout", TransformersSampler.sample)  # type: ignore[method-assign]
     scoring.Scoring.rollout = wrapped("scoring", scoring.Scoring.rollout)  # type: ignore[method-assign]
     online.OnlineTrainer.update = wrapped("update", online.OnlineTrainer.update)  # type: ignore[method-assign]
@@ -81,25 +93,34 @@ def attempt(place: Path, number: int, resume_from: Path | None, **armed: Any) ->
     os._exit(0)
 
 
-def main() -> None:
-    place, each, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    chance = random.Random(seed)
-    job.preload()
+def through(place: Path, each: int, chance: random.Random) -> dict[str, Any]:
+    """Let a job die until every phase that it has was hit `each` times, then let it end."""
+    spec = RunDir(place).spec()
+    samples = spec.reward is not None
+    phases = PHASES[1:] if samples else ("update", "checkpoint")
     hit = dict.fromkeys(PHASES, 0)
     number = 1
-    while any(hit[phase] < each for phase in PHASES[1:]):
+    while any(hit[phase] < each for phase in phases):
         if number > 30 * each:
-            sys.exit(f"the deaths hit {hit}: some phase cannot be met")
-        wanted = min(PHASES[1:], key=lambda phase: (hit[phase], chance.random()))
+            sys.exit(f"{spec.method}: the deaths hit {hit}: some phase cannot be met")
+        wanted = min(phases, key=lambda phase: (hit[phase], chance.random()))
         # Short phases are met at their first call, long ones somewhere within.
         share = chance.choice([0.0, chance.random()])
         status = attempt(place, number, checkpoints.latest(place), armed=wanted, call=chance.randint(1, 2), share=share)
         if not os.WIFSIGNALED(status):
-            sys.exit(f"attempt {number} ended with status {status} before it could be killed in {wanted}: {hit}")
+            sys.exit(f"{spec.method}: attempt {number} ended with status {status} before a death in {wanted}: {hit}")
         hit[PHASES[now[0]]] += 1
         number += 1
     status = attempt(place, number, checkpoints.latest(place))
-    print(json.dumps({"deaths": number - 1, "hit": hit, "status": status}))
+    return {"deaths": number - 1, "hit": {phase: hit[phase] for phase in phases}, "status": status}
+
+
+def main() -> None:
+    each, seed = int(sys.argv[1]), int(sys.argv[2])
+    job.preload()
+    chance = random.Random(seed)
+    for place in sys.argv[3:]:
+        print(json.dumps(through(Path(place), each, chance)), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rlhf_nb.protocol.spec import LoRA, RunSpec
 from rlhf_nb.training import online
 from rlhf_nb.training.rollout.base import Completions
 from rlhf_nb.training.rollout.transformers_backend import pad_left
-from tests.methods.conftest import LETTERS, ROWS, asking, fold, function, killed, rollouts, same_to_the_bit
+from tests.methods.conftest import LETTERS, ROWS, asking, fold, function, rollouts
 
 CONFIG = {
     "max_steps": 4, "rollout_batch_size": 8, "batch_size": 8, "group_size": 4, "num_iterations": 2, "max_new_tokens": 6,
@@ -191,16 +191,6 @@ def test_resumed_between_rollouts_it_goes_on_as_if_it_had_never_stopped(run, met
     assert settled(fold(place)) == settled(fold(whole))
     for one in sorted(path.name for path in whole.model.glob("*.safetensors")):
         assert (place.model / one).read_bytes() == (whole.model / one).read_bytes()
-
-
-@pytest.mark.parametrize("method", ["dapo", "rloo"])
-def test_killed_in_every_phase_it_equals_a_run_that_never_was(run, method):
-    """DAPO dies amid groups that are sampled again, too: what its reward had said of them is not asked twice."""
-    knobs = {"reward": EVENS, "max_steps": 60, "checkpoint_every": 1}
-    whole = run(method, name="whole", **knobs)
-    place = run(method, name="killed", prepare=True, **knobs)
-    killed(place, each=2)
-    same_to_the_bit(place, whole)
 
 
 def test_a_checkpoint_asked_for_amid_a_rollout_is_taken_at_its_end_and_that_is_said_at_once(run):

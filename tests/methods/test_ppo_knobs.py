@@ -253,7 +253,7 @@ def test_a_run_killed_twenty_times_in_every_phase_equals_one_that_never_was(ppo)
     knobs = {"max_steps": 160, "checkpoint_every": 1, "kl_target": 0.5, "kl_horizon": 400, "learning_rate": 1e-3}
     whole = ppo("whole", **knobs)
     place = ppo("killed", prepare=True, **knobs)
-    said = killed(place, each=5)
+    (said,) = killed(place, each=5)
     assert said["deaths"] >= 20
     same_to_the_bit(place, whole)
 
