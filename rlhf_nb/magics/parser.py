@@ -272,12 +272,12 @@ def parser(verb: str) -> Words:
 
 
 def split(line: str) -> list[str]:
-    """Words of a line, quotes respected.
+    """Words of a line, quotes respected. A semicolon at its end is the notebook's: show no result.
 
     Raises:
         SpecError: A quote that is not closed.
     """
     try:
-        return shlex.split(line)
+        return shlex.split(line.rstrip().removesuffix(";"))
     except ValueError as error:
         raise SpecError(f"%rlhf: {error}; close the quote") from None

@@ -17,6 +17,14 @@ def test_a_bare_magic_says_what_is_attached_and_which_workspace(shell):
     assert "nothing attached" in text and "rlhf-workspace" in text
 
 
+def test_a_semicolon_at_the_end_belongs_to_the_notebook(shell):
+    """It hides the result of a cell; within a quoted word it is a character."""
+    with pytest.raises(NotFoundError, match='run "sft-9" does not exist'):
+        shell.run("%rlhf wait sft-9; ")
+    with pytest.raises(NotFoundError, match='run "a;" does not exist'):
+        shell.run("%rlhf wait 'a;'")
+
+
 def test_a_misspelt_verb_suggests_the_nearest(shell):
     with pytest.raises(SpecError, match='"lable" is no verb of %rlhf; did you mean "label"'):
         shell.run("%rlhf lable hh")
