@@ -237,7 +237,8 @@ def plain_trl(folder: Path, method: str, timeout: float = 900, **settings: Any) 
 
     rows = folder / f"{method}.jsonl"
     if not rows.exists():
-        _, content = dataset({"sft": "toy-demonstrations", "kto": "toy-thumbs"}.get(method, "toy-pairs"))
+        named = {"sft": "toy-demonstrations", "kto": "toy-thumbs", "online-dpo": "toy-prompts"}
+        _, content = dataset(named.get(method, "toy-pairs"))
         rows.write_text("".join(json.dumps(as_messages(row)) + "\n" for row in content))
     asked = {
         "method": method,

@@ -21,19 +21,26 @@ from common import Watch, interleave, parser, plain_trl, ratios, report, scratch
 
 DATA = {
     "sft": "toy-demonstrations", "dpo": "toy-pairs", "reward": "toy-pairs", "kto": "toy-thumbs", "orpo": "toy-pairs",
-    "simpo": "toy-pairs",
+    "simpo": "toy-pairs", "online-dpo": "toy-prompts",
 }  # fmt: skip
+SAMPLED = {"max_new_tokens": 16}
+"""Of the method that samples; its reward counts vowels on both sides."""
 BATCHES = {"short": 1, "long": 16}
 LEAST = {"kto": 2}
 """KTO's reference point is read off another row of its batch."""
 WARM_UP = 5
 
 
+def vowels(prompts, completions, **columns):
+    return [float(sum(c in "aeiou" for c in text)) for text in completions]
+
+
 def ours(workspace: Any, method: str, settings: dict[str, Any]) -> dict[str, Any]:
     from rlhf_nb import registry
 
     cls = registry.methods.get(method)
-    run = workspace.train(cls(sample_every=0, **settings), base="toy", data=DATA[method])
+    reward = vowels if cls.needs_reward else None
+    run = workspace.train(cls(sample_every=0, **settings), base="toy", data=DATA[method], reward=reward)
     panel = run.panel()
     # A page that says hello: from then on the panel sends figures and frames as to a browser.
     panel._handle_custom_msg({"kind": "hello", "page": "bench", "have": 0, "generation": -1, "figures": 0}, [])
@@ -72,7 +79,7 @@ def main() -> None:
             steps = 120 if size == "short" else 30
             settings = {
                 "max_steps": WARM_UP + steps, "batch_size": max(BATCHES[size], LEAST.get(method, 1)), "max_length": 256,
-                "learning_rate": 1e-4,
+                "learning_rate": 1e-4, **(SAMPLED if method == "online-dpo" else {}),
             }  # fmt: skip
 
             def plain(every: int, method: str = method, settings: dict[str, Any] = settings) -> float:

@@ -12,8 +12,13 @@ import trl
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 
+
+def vowels(completions, **columns):
+    return [float(sum(c in "aeiou" for c in said[0]["content"])) for said in completions]
+
+
 settings = json.loads(sys.argv[1])
-more = {}
+more, beside = {}, {}
 match settings["method"]:
     case "orpo":
         import trl.experimental.orpo as home
@@ -23,6 +28,10 @@ match settings["method"]:
         import trl.experimental.cpo as home
 
         kind, more = "CPO", {"loss_type": "simpo", "cpo_alpha": 0.0}
+    case "online-dpo":
+        import trl.experimental.online_dpo as home
+
+        kind, more, beside = "OnlineDPO", {"max_new_tokens": settings["max_new_tokens"]}, {"reward_funcs": vowels}
     case method:
         home, kind = trl, {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO"}[method]
 trainer_class, config_class = getattr(home, f"{kind}Trainer"), getattr(home, f"{kind}Config")
@@ -67,6 +76,7 @@ trainer = trainer_class(
     train_dataset=Dataset.from_list(rows),
     processing_class=AutoTokenizer.from_pretrained(settings["model"]),
     callbacks=[clock],
+    **beside,
 )
 trainer.train()
 print(json.dumps({"first_log": clock.first_log, "step_ends": clock.step_ends, "cpu": clock.cpu}))

@@ -24,9 +24,14 @@ from transformers import AutoModelForCausalLM
 from rlhf_nb.compute.supervisor import end_tree
 from rlhf_nb.data.rows import decode_rows
 from rlhf_nb.errors import ComputeError, SpecError
+from rlhf_nb.feedback.chat import Question
+from rlhf_nb.feedback.endpoint import EndpointChat
+from rlhf_nb.feedback.judge import all_of
+from rlhf_nb.feedback.local import LocalChat
 from rlhf_nb.methods.ppo import PPO
-from rlhf_nb.protocol.spec import LoRA, PathModel
+from rlhf_nb.protocol.spec import Endpoint, LoRA, PathModel
 from rlhf_nb.training import export
+from rlhf_nb.training.data import prompt_ids
 from rlhf_nb.training.rollout.base import uniforms
 from rlhf_nb.training.rollout.vllm_backend import VLLMSampler
 from rlhf_nb.training.rollout.vllm_engine import Drawn, Server, loopback, rank_for
@@ -214,6 +219,30 @@ def test_greedy_tokens_are_those_of_transformers(url, model):
                 best = int(policy(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())
             assert said == best
             tokens.append(best)
+
+
+def test_a_judge_behind_a_server_says_what_the_same_model_says_here(url, model):
+    """Letters by their log-probabilities, texts at temperature 0, and a question too long for its context."""
+    with closing(Server(url, ends={1}, adapter=None)) as engine:
+        engine.load_weights(model)
+    here = LocalChat.load(str(model), name="here", device="cpu")
+    asked = []
+    for n in (1, 3, 9):
+        messages = [{"role": "user", "content": "Who? " * n}]
+        likeliest = here.model(torch.tensor([prompt_ids(messages, here.tokenizer)])).logits[0, -1].argsort().tolist()
+        said = (here.tokenizer.decode([token]) for token in likeliest[::-1][:20])
+        letters = tuple(text for text in said if text.isascii() and text.isprintable() and text.strip() == text != "")
+        asked += [Question(messages, letters=letters[:2], max_tokens=1), Question(messages, max_tokens=12)]
+    assert all(len(question.letters) == 2 for question in asked[::2])
+    there = EndpointChat(Endpoint(url=f"{url}/v1", model="start"))
+    with closing(here), closing(there):
+        mine, served = (all_of(chat.ask(asked), len(asked)) for chat in (here, there))
+        (long,) = all_of(there.ask([Question([{"role": "user", "content": "Who? " * 99}], max_tokens=12)]), 1)
+    for one, other in zip(mine, served, strict=True):
+        # The server holds back the bytes of a character that is not whole yet.
+        assert other.failure == "" and other.text.strip() == one.text.rstrip("\ufffd").strip()
+        assert (other.logprobs or {}) == pytest.approx(one.logprobs or {}, abs=1e-3)
+    assert long.failure == "too_long"
 
 
 def test_a_server_that_still_samples_from_other_weights_is_not_believed(url, model, tmp_path):

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from rlhf_nb.studies import methods
 from rlhf_nb.studies import over_optimisation as study
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -58,9 +59,11 @@ def test_preferences_without_rl_tell_what_beta_holds(tmp_path, monkeypatch):
     (units,) = (text for text in texts.values() if "implicit_reward/margin" in text)
     # Whatever the margin, its unit is the β in force: 0.05 for two steps, then 1.
     assert [line.split()[-1] for line in units.splitlines()[-5:]] == ["0.05", "0.05", "1.00", "1.00", "1.00"]
-    (table,) = (text for text in texts.values() if "true reward" in text and "toy-sft" in text)
+    (table,) = (text for text in texts.values() if "√KL, last sample" in text)
     assert all(name in table for name in ("DPO, β=1", "KTO", "ORPO", "SimPO"))
     assert texts["from rlhf_nb.ui.frontier import Frontier"].count("at √KL") == 5
+    every = texts["from rlhf_nb.studies import methods as study"]
+    assert all(arm in every for arm in methods.load()["arms"])
 
 
 def test_sums_are_learnt_from_being_checked(tmp_path, monkeypatch):

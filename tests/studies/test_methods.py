@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
 from rlhf_nb import registry
 from rlhf_nb.studies import methods as study
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def planted(failed: int = 0) -> dict:
@@ -63,3 +66,4 @@ def test_what_is_committed_was_made_with_these_settings():
     for one in results["seeds"]:
         assert set(one["runs"]) == set(results["arms"])
     assert not results["made_with"]["uncommitted"]
+    assert study.markdown(results) in (ROOT / "README.md").read_text()

@@ -133,6 +133,14 @@ def table(results: dict[str, Any]) -> Table:
     return Table(list(dict.fromkeys(column for row in rows for column in row)), rows, lines=[line])
 
 
+def markdown(results: dict[str, Any]) -> str:
+    """The table as the README has it."""
+    found = table(results)
+    cells = [[f"{row.get(column, '')}" for column in found.columns] for row in found.rows]
+    lines = [found.columns, ["---"] * len(found.columns), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def _told(estimate: Any) -> str:
     value, low, high = (f"{x:.3f}" for x in (estimate.value, estimate.interval.low, estimate.interval.high))
     return f"{value} [{low}, {high}]".replace("-", "−")
