@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +107,7 @@ class OnlineTrainer:
         self.prompts = 0
         """Prompts drawn so far."""
         self._between_rollouts = True
+        self._hooks_s = 0.0
         self._used_up_at = self._waiting_for = 0
         """Step after which the rollout is used up, unless its passes end early; and the one that a person was told."""
         self.checkpointed = 0
@@ -150,7 +151,7 @@ class OnlineTrainer:
         loop.bind([self._bound(live) for live in self.method.live_in(self.context.spec)])
         loop.rewards = self.scoring
         loop.preview_refusal = self.method.preview_refusal
-        loop.on_idle = self._serve
+        loop.on_idle = self._serve_while_paused
         loop.on_change = self._hold_controller
         if self.context.resume_from is not None:
             self.step, self.rollouts = load_checkpoint(self.context.resume_from, self)
@@ -199,9 +200,19 @@ class OnlineTrainer:
         """The boundary before the next optimizer step; False where there is none."""
         if self.step >= self.method.max_steps or self.context.control.stopping:
             return False
-        self.context.control.boundary(self.step + 1, rollout=new_rollout)
+        with self.hook():
+            self.context.control.boundary(self.step + 1, rollout=new_rollout)
         self._serve()
         return not self.context.control.stopping
+
+    @contextmanager
+    def hook(self) -> Iterator[None]:
+        """Around what is there for watching and steering alone: its CPU time is told with the next step."""
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            self._hooks_s += time.thread_time() - began
 
     def _far_enough(self, metrics: dict[str, float]) -> bool:
         target = self.method.target_kl
@@ -242,6 +253,12 @@ class OnlineTrainer:
             lambda value: setattr(self.live, live.name, value),
             live.unavailable_when(self.method) if live.unavailable_when else None,
         )
+
+    def _serve_while_paused(self) -> None:
+        began = time.thread_time()
+        self._serve()
+        # A person asked for it: no cost of watching.
+        self._hooks_s -= time.thread_time() - began
 
     def _serve(self) -> None:
         """Answer what was asked for: samples at any boundary, checkpoints between rollouts."""
@@ -381,7 +398,9 @@ class OnlineTrainer:
         self.optimizer.step()
         self.step += 1
         metrics["time/step_s"] = time.perf_counter() - began
-        self.emit.metric(self.step, metrics)
+        metrics["time/hooks_s"], self._hooks_s = self._hooks_s, 0.0
+        with self.hook():
+            self.emit.metric(self.step, metrics)
         every = self.method.sample_every
         if every and self.step % every == 0:
             with sharding.gathered(self.module):

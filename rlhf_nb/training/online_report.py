@@ -74,7 +74,8 @@ class Report:
             values["group/flat_fraction"] = (score_PG == score_PG[:, :1]).all(1).float().mean().item()
         if rollout.drawn is not None:
             values |= {"group/replaced": rollout.drawn.replaced, "group/flat_left": rollout.drawn.left}
-        trainer.emit.metric(trainer.step + 1, values, rollout=trainer.rollouts)
+        with trainer.hook():
+            trainer.emit.metric(trainer.step + 1, values, rollout=trainer.rollouts)
 
     def update(self, rollout: Rollout, seconds: float) -> None:
         """What the rollout's steps did together."""
@@ -82,7 +83,8 @@ class Report:
         values = {"time/update_s": seconds, "policy/update_kl": self._update_kl(rollout)}
         if (ratio := trainer.noise.take()) is not None:
             values["optimizer/gradient_snr"] = ratio
-        trainer.emit.metric(trainer.step, values, rollout=trainer.rollouts)
+        with trainer.hook():
+            trainer.emit.metric(trainer.step, values, rollout=trainer.rollouts)
 
     def odd(self, rollout: Rollout) -> None:
         """Completions that were all cut, and scores that are all one: what moves the policy then is noise."""

@@ -176,6 +176,13 @@ def test_without_a_budget_flat_groups_stay_and_move_nothing(run, trace):
     assert trace(place, "optimizer/grad_norm") == {1: 0.0}
 
 
+def test_each_step_says_what_watching_it_costs(run, trace):
+    place = run("grpo", max_steps=4)
+    hooks, steps = trace(place, "time/hooks_s"), trace(place, "time/step_s")
+    assert hooks.keys() == steps.keys() == {1, 2, 3, 4}
+    assert all(0 < hooks[step] < steps[step] for step in steps)
+
+
 # --- restarts ---------------------------------------------------------------------------------------------------------
 
 
