@@ -185,10 +185,12 @@ class RewardPart(Frozen):
     reward: OneReward
     weight: float = Field(1.0, allow_inf_nan=False)
     """What its scores are multiplied by, at the start; live as `reward_weight/NAME`."""
+    called: str = ""
+    """Its name where another part has the same by itself: one check with other options is another reward."""
 
     @property
     def name(self) -> str:
-        return describe(self.reward)
+        return self.called or describe(self.reward)
 
 
 class CombinedReward(Frozen):

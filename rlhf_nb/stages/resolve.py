@@ -37,6 +37,7 @@ from rlhf_nb.protocol.spec import (
     RewardRef,
     RunData,
     RunModel,
+    describe,
 )
 from rlhf_nb.rewards.functions import named
 
@@ -230,9 +231,12 @@ def resolve_reward(workspace: Workspace, value: Any, *, verb: str, role: str = "
         if made and made[0].weight == 1:
             return made[0].reward
         raise SpecError(f"{verb}: reward={value!r}: one reward needs no weight; score_scale multiplies its scores")
-    names = [part.name for part in made]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise SpecError(f"{verb}: reward {doubled[0]} is named twice; name it once, with the sum of the weights")
+    for at, part in enumerate(made):
+        same = [each for each in made[:at] if describe(each.reward) == describe(part.reward)]
+        if any(each.reward == part.reward for each in same):
+            raise SpecError(f"{verb}: reward {part.name} is named twice; name it once, with the sum of the weights")
+        if same:
+            made[at] = part.model_copy(update={"called": f"{part.name}-{len(same) + 1}"})
     return CombinedReward(parts=tuple(made))
 
 

@@ -207,3 +207,13 @@ def test_an_ensembles_members_become_one_reward_as_its_options_say(ws):
     ):
         with pytest.raises(SpecError, match=re.escape(says)):
             resolve_reward(ws, bad, verb="ppo")
+
+
+def test_one_check_with_other_options_is_another_reward(ws):
+    both = resolve_reward(ws, "regex(pattern='^yes')=1,toy-true=2,regex(pattern='no$')=0.5", verb="grpo")
+    assert [(part.name, part.weight) for part in both.parts] == [("regex", 1.0), ("toy-true", 2.0), ("regex-2", 0.5)]
+    assert both.parts[2].reward.config["pattern"] == "no$"
+    # They come back as they are from a spec.
+    assert type(both).model_validate_json(both.model_dump_json()) == both
+    with pytest.raises(SpecError, match="reward regex is named twice; name it once, with the sum of the weights"):
+        resolve_reward(ws, "regex(pattern='^yes'),regex(pattern='^yes')", verb="grpo")
