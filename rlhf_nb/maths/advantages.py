@@ -113,10 +113,20 @@ def group_advantages(rewards_PG: Tensor, *, scale: Literal["none", "std"] = "std
     centred_PG = fill(filled_PG - mean_P1, scored_PG)
     if scale == "std":
         std_P1 = (centred_PG.square().sum(1, keepdim=True) / (count_P1 - 1).clamp(min=1)).sqrt()
-        # Rewards that differ only by rounding are equal: dividing by that difference would invent an advantage.
-        smallest = torch.finfo(rewards_PG.dtype).eps * filled_PG.abs().amax(1, keepdim=True)
-        centred_PG = torch.where(std_P1 > 4 * smallest, centred_PG / std_P1.clamp(min=1e-12), 0.0)
+        smallest_P1 = rounding(filled_PG, dim=1)
+        centred_PG = torch.where(std_P1 > smallest_P1, centred_PG / std_P1.clamp(min=1e-12), 0.0)
     return centred_PG.masked_fill(~scored_PG, float("nan"))
+
+
+def rounding(values: Tensor, *, dim: int | None = None) -> Tensor:
+    """The spread that rounding alone can give numbers of this size. Dividing by less would invent an advantage.
+
+    Args:
+        values: Float, any shape, finite.
+        dim: Along which they are compared, kept with length 1; None compares all.
+    """
+    largest = values.abs().amax() if dim is None else values.abs().amax(dim, keepdim=True)
+    return 4 * torch.finfo(values.dtype).eps * largest
 
 
 def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:

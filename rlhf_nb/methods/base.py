@@ -66,7 +66,7 @@ LEARNING_RATE = LiveCoefficient(
     high=1e-1,
     scale="log",
     unit="1/step",
-    meaning="Step size of the optimizer, before the schedule's factor. 0 freezes the model.",
+    meaning="Step size of the optimizer, before the schedule's factor.",
 )
 
 
@@ -84,7 +84,8 @@ def _weight(part: RewardPart) -> LiveCoefficient:
 class Method(BaseModel):
     """Base of every training method. Its fields are its knobs; `extra="forbid"` refuses a misspelt one by name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # JSON has no infinity: a spec would come back with None in its place.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     name: ClassVar[str]
     """Registry name and magic."""

@@ -11,6 +11,7 @@ Agrees   with trl.DPOTrainer, bit for bit; tests/training/test_identical.py and 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
@@ -100,6 +101,14 @@ class DPO(GradientMethod):
     learning_rate: float = Field(1e-6, ge=0)
     """Peak of the schedule. 1e-6 suits whole models of a billion parameters; LoRA wants 1e-5, the toy model 1e-4."""
 
+    def live_in(self, spec: RunSpec) -> tuple[LiveCoefficient, ...]:
+        return tuple(self._smoothing if live is SMOOTHING else live for live in super().live_in(spec))
+
+    @property
+    def _smoothing(self) -> LiveCoefficient:
+        # exo_pair takes its logarithm.
+        return replace(SMOOTHING, low=1e-3) if "exo_pair" in self.losses else SMOOTHING
+
     @property
     def losses(self) -> tuple[str, ...]:
         return (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
@@ -174,7 +183,7 @@ class DPO(GradientMethod):
         data.say_what_fits(context, trainer.train_dataset, SIDES, max_length)
         beta = BoundCoefficient(BETA, lambda: float(trainer.beta), lambda value: setattr(trainer, "beta", value))
         smoothing = BoundCoefficient(
-            SMOOTHING,
+            self._smoothing,
             lambda: float(trainer.label_smoothing),
             lambda value: setattr(trainer, "label_smoothing", value),
             without_smoothing(self),

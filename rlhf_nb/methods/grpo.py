@@ -36,7 +36,7 @@ BETA = LiveCoefficient(
     high=10.0,
     scale="log",
     unit="score/nat",
-    meaning="Price of moving away from the reference. Higher is closer to it; 0 is no tether.",
+    meaning="Price of moving away from the reference. Higher is closer to it.",
     unavailable_when=without_reference,
 )
 EPSILON = (
@@ -144,14 +144,14 @@ class GRPO(OnlineMethod):
 
     def credit(self, rollout: Rollout, live: Live) -> Credit:
         """One advantage a completion, the same for each of its tokens."""
-        from rlhf_nb.maths.advantages import group_advantages
+        from rlhf_nb.maths.advantages import group_advantages, rounding
         from rlhf_nb.maths.masked import fill, masked_sum
         from rlhf_nb.training.online_types import Credit
 
         mask_BT, score_B = rollout.mask_BT, self.penalised(rollout, live)
         groups_PG = score_B.view(-1, self.group_size)
         advantages_B = group_advantages(groups_PG, scale="std" if self.scale_rewards == "group" else "none").view(-1)
-        if self.scale_rewards == "batch" and (spread := score_B.std()) > 0:
+        if self.scale_rewards == "batch" and (spread := score_B.std()) > rounding(score_B):
             advantages_B = advantages_B / spread
         advantages_BT = fill(advantages_B[:, None].expand(mask_BT.shape), mask_BT)
         kl_B = masked_sum(rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT, mask_BT, 1)

@@ -202,6 +202,10 @@ class OnlineMethod(Method):
             return f"reference={self.reference}: there is no fixed reference that an optimum could be told from"
         return None
 
+    def settles_at(self, tether: float) -> float:
+        """The β of π_ref·exp(r/β) that the method comes to at a tether, where it comes to such a policy."""
+        return tether
+
     def check(self, spec: RunSpec) -> None:
         if self.rollout_batch_size % self.batch_size:
             raise SpecError(
@@ -259,6 +263,10 @@ class OnlineMethod(Method):
             )
 
     # --- the maths --------------------------------------------------------------------------------------------------
+
+    def compared(self, rollout: Rollout) -> Any:
+        """(B,) the scores, or what is taken in their place, before they are normalised."""
+        return rollout.score_B
 
     def penalised(self, rollout: Rollout, live: Live) -> Any:
         """(B,) the score that is optimised: less what a cut completion and each token cost."""

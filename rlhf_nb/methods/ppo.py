@@ -257,19 +257,28 @@ class PPO(OnlineMethod):
     def preview_refusal(self) -> str | None:
         if self.kl_in == "loss":
             return "kl_in=loss: its optimum is not known in closed form; a preview needs kl_in=reward"
+        if self.gamma < 1 or self.whiten_rewards:
+            return "gamma below 1 and whiten_rewards move the optimum to where no closed form tells it; leave them out"
         return super().preview_refusal()
 
+    def settles_at(self, tether: float) -> float:
+        # The group's mean holds a share 1/G of each score itself.
+        G = self.samples_per_prompt
+        return tether * G / (G - 1) if self.value_model == "none" and G > 1 else tether
+
     # --- the maths --------------------------------------------------------------------------------------------------
+
+    def compared(self, rollout: Rollout) -> Any:
+        from rlhf_nb.maths.rewards import preference_as_reward
+
+        if rollout.reference_score_BR is None:
+            return rollout.score_B
+        return preference_as_reward(rollout.score_B, rollout.reference_score_BR)
 
     def penalised(self, rollout: Rollout, live: Live) -> Any:
         """(B,) the score that is optimised: preferred to the reference's, normalised, scaled, clipped, less what a cut
         completion and each token cost."""
-        from rlhf_nb.maths.rewards import preference_as_reward
-
-        score_B = rollout.score_B
-        if rollout.reference_score_BR is not None:
-            score_B = preference_as_reward(score_B, rollout.reference_score_BR)
-        score_B = (score_B - rollout.score_shift) / rollout.score_spread * self.score_scale
+        score_B = (self.compared(rollout) - rollout.score_shift) / rollout.score_spread * self.score_scale
         if self.score_clip is not None:
             score_B = score_B.clamp(-self.score_clip, self.score_clip)
         if self.length_normalised:
@@ -331,7 +340,7 @@ class PPO(OnlineMethod):
             )
             total_BT = total_BT + live.vf_coef * value.loss_BT
             metrics |= {"loss/value": value.loss_BT, "value/clip_fraction": value.clipped_BT}
-        if self.kl_in == "loss":
+        if self.kl_in == "loss" and self.has_reference:
             penalty_BT = kl_penalty(batch, outputs.logprobs_BT, "k2" if self.penalty == "k2" else "ratio_k3")
             total_BT = total_BT + live.kl_coef * weight_BT * penalty_BT
             metrics["loss/kl"] = penalty_BT

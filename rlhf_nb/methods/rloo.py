@@ -90,7 +90,7 @@ class RLOO(OnlineMethod):
 
     def credit(self, rollout: Rollout, live: Live) -> Credit:
         """One advantage a completion, the same for each of its tokens."""
-        from rlhf_nb.maths.advantages import leave_one_out_advantages
+        from rlhf_nb.maths.advantages import leave_one_out_advantages, rounding
         from rlhf_nb.maths.masked import fill, masked_sum
         from rlhf_nb.training.online_types import Credit
 
@@ -98,7 +98,10 @@ class RLOO(OnlineMethod):
         kl_B = masked_sum(rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT, mask_BT, 1)
         total_B = self.penalised(rollout, live) - live.beta * kl_B
         advantages_B = leave_one_out_advantages(total_B.view(-1, self.group_size)).view(-1)
-        if self.normalise_advantages and (spread := advantages_B.std()) > 0:
+        # The KL is a difference of log-probabilities that two models summed: their rounding is no advantage.
+        summed_B = masked_sum(rollout.behavior_logprobs_BT.abs(), mask_BT, 1)
+        smallest = rounding(total_B) + live.beta * rounding(summed_B)
+        if self.normalise_advantages and (spread := advantages_B.std()) > smallest:
             advantages_B = (advantages_B - advantages_B.mean()) / spread
         advantages_BT = fill(advantages_B[:, None].expand(mask_BT.shape), mask_BT)
         return Credit(total_B, advantages_BT, advantages_BT)

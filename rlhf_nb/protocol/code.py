@@ -22,7 +22,9 @@ def as_code(spec: specs.RunSpec) -> str:
         fresh = spec.model_copy(update={"run_id": ""})
         call = f"submit(ws, {fresh!r})"
         return "\n".join(["from rlhf_nb.stages.train import submit", *_imports(call), "", call, ""])
-    arguments = [f"rl.{_call(method, spec.config)}"]
+    ours = method.__module__.startswith("rlhf_nb.")
+    made = _call(f"rl.{method.__name__}" if ours else f"registry.methods.get({spec.method!r})", method, spec.config)
+    arguments = [made]
     functions: list[str] = []
     rows = "prompts" if method.rows == "prompts" else "data"
     named: list[tuple[str, Any]] = [("policy", spec.policy), (rows, spec.data)]
@@ -30,20 +32,21 @@ def as_code(spec: specs.RunSpec) -> str:
         if value is not None:
             arguments.append(f"{role}={_reference(value, functions)}")
     if spec.adapter is not None:
-        arguments.append(f"adapter=rl.{_call(specs.LoRA, spec.adapter.model_dump())}")
+        arguments.append(f"adapter={_call('rl.LoRA', specs.LoRA, spec.adapter.model_dump())}")
     # Said even where there are none: the attach may have some.
     arguments.append(f"launch={shlex.join(spec.launch.flags)!r}")
     if spec.label_as:
         arguments.append(f"title={spec.label_as!r}")
     call = "ws.train(\n" + "".join(f"    {one},\n" for one in arguments) + ")"
-    return "\n".join(["import rlhf_nb as rl", *_imports(call), "", *functions, call, ""])
+    imports = ["import rlhf_nb as rl", *([] if ours else ["from rlhf_nb import registry"]), *_imports(call)]
+    return "\n".join([*imports, "", *functions, call, ""])
 
 
-def _call(cls: Any, values: dict[str, Any]) -> str:
-    """A constructor with what differs from its defaults."""
+def _call(name: str, cls: Any, values: dict[str, Any]) -> str:
+    """A constructor of that name with what differs from its defaults."""
     plain = {name: field.get_default(call_default_factory=True) for name, field in cls.model_fields.items()}
     said = [f"{name}={value!r}" for name, value in values.items() if name != "kind" and value != plain[name]]
-    return f"{cls.__name__}({', '.join(said)})"
+    return f"{name}({', '.join(said)})"
 
 
 def _reference(value: Any, functions: list[str]) -> str:
@@ -55,8 +58,6 @@ def _reference(value: Any, functions: list[str]) -> str:
             return repr(value.name)
         case specs.RunModel():
             return f"ws.run({value.run_id!r})"
-        case specs.PathModel():
-            return repr(value.path)
         case specs.HubModel():
             return repr(value.repo_id + (f"@{value.revision}" if value.revision else ""))
         case specs.ModelReward(over="mean", std_coef=1.0):

@@ -160,8 +160,12 @@ def _acted_on(place: RunDir, before: RunFold) -> frozenset[str]:
     events = place.events()
     made = {event.id for event in events if event.kind in ("coefficient_changed", "reward_replaced")}
     asked = {event.id for event in events if event.kind == "control_acknowledged" and event.op in ("set", "set_reward")}
-    pending = asked - made
-    return frozenset([*before.acknowledged, *before.refused]) - pending
+    pending, newest = asked - made, {}
+    for line in LineTail(place.control_path).read():
+        if line.get("id") in asked:
+            # Of two sets of one coefficient at one boundary the later one came into force, and the first one never.
+            newest[line.get("op"), line.get("name"), line.get("part")] = line["id"]
+    return frozenset([*before.acknowledged, *before.refused]) - (pending & set(newest.values()))
 
 
 def _changes_after(place: RunDir, step: int) -> list[CoefficientChanged | RewardReplaced]:
@@ -170,12 +174,18 @@ def _changes_after(place: RunDir, step: int) -> list[CoefficientChanged | Reward
     From the log itself: the fold drops them at every restart, and a second death may come before they are made again.
     """
     found: dict[str, CoefficientChanged | RewardReplaced] = {}
+    last = None
     for event in place.events():
-        if not isinstance(event, CoefficientChanged | RewardReplaced) or event.effective_step <= step:
-            continue
-        if not getattr(event, "follows", ""):
+        if isinstance(event, Resumed) and event.from_step is not None and not isinstance(last, Started):
+            # The run went back by itself and kept what had been asked for: from then on it held at once.
+            for change in found.values():
+                if change.effective_step > event.from_step + 1:
+                    found[change.id] = change.model_copy(update={"effective_step": event.from_step + 1})
+        last = event
+        if isinstance(event, CoefficientChanged | RewardReplaced) and not getattr(event, "follows", ""):
             found.setdefault(event.id, event)
-    return sorted(found.values(), key=lambda change: (change.effective_step, change.seq))
+    later = (change for change in found.values() if change.effective_step > step)
+    return sorted(later, key=lambda change: (change.effective_step, change.seq))
 
 
 def _values_at(method: Method, spec: RunSpec, before: RunFold, step: int) -> dict[str, float]:

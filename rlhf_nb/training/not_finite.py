@@ -35,7 +35,7 @@ def check(trainer: OnlineTrainer, metrics: dict[str, float], batch: Minibatch, t
     if not wrong:
         return
     what = f"{wrong[0]}={metrics[wrong[0]]} at step {trainer.step + 1}: first not finite is "
-    what += _culprit(trainer, batch, temperature)
+    what += _culprit(trainer, batch, temperature, metrics["loss"])
     raise NotFiniteError(
         what,
         f"{what}; the weights are as after step {trainer.step}. Start again with a lower learning_rate (now "
@@ -53,6 +53,7 @@ def hold(trainer: OnlineTrainer, error: NotFiniteError, batch: Minibatch, temper
     if trainer.method.on_not_finite == "fail":
         raise error
     failed_at, asked, saved = trainer.step, dict(vars(trainer.live)), checkpoints.newest_first(context.run_dir)
+    rewards = list(trainer.scoring.parts)
     for path in saved:
         trainer.step, trainer.rollouts = load_checkpoint(path, trainer)
         if _speaks(trainer, batch, temperature):
@@ -62,6 +63,7 @@ def hold(trainer: OnlineTrainer, error: NotFiniteError, batch: Minibatch, temper
             raise error
     # What a person asked for since then still holds.
     vars(trainer.live).update(asked)
+    trainer.scoring.parts = rewards
     trainer.optimizer.zero_grad(set_to_none=True)
     context.control.paused = True
     if saved:
@@ -90,11 +92,11 @@ def _speaks(trainer: OnlineTrainer, batch: Minibatch, temperature: float) -> boo
 
 
 @torch.no_grad()
-def _culprit(trainer: OnlineTrainer, batch: Minibatch, temperature: float) -> str:
+def _culprit(trainer: OnlineTrainer, batch: Minibatch, temperature: float, loss: float) -> str:
     for name, parameter in trainer.module.named_parameters():
         if not parameter.isfinite().all():
             return f"the weight {name}"
-    for name in ("behavior_logprobs_BT", "values_BT", "returns_BT", "advantages_BT"):
+    for name in ("behavior_logprobs_BT", "reference_logprobs_BT", "values_BT", "returns_BT", "advantages_BT"):
         if not getattr(batch, name)[batch.mask_BT].isfinite().all():
             return name.removesuffix("_BT").replace("_", " ")
     logprobs, _, values = trainer.module(
@@ -106,4 +108,6 @@ def _culprit(trainer: OnlineTrainer, batch: Minibatch, temperature: float) -> st
     for name, parameter in trainer.module.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             return f"the gradient of {name}"
-    return "the loss itself"
+    return (
+        "the loss itself" if not np.isfinite(loss) else "the gradients' norm, of gradients that are finite one by one"
+    )

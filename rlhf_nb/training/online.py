@@ -314,7 +314,7 @@ class OnlineTrainer:
         rollout, seconds = collect(self)
         self.report.odd(rollout)
         if self.method.normalises_scores:
-            self.moments.add(rollout.score_B)
+            self.moments.add(self.method.compared(rollout))
             rollout = replace(rollout, score_shift=self.moments.mean, score_spread=self.moments.spread)
         return rollout, seconds
 
@@ -392,9 +392,12 @@ class OnlineTrainer:
         if pretraining is not None:
             metrics["loss/pretraining"] = self.accelerator.reduce(pretraining, reduction="sum").item()
         self.noise.add()
-        metrics["optimizer/grad_norm"] = self._clip()
+        norms = self._norms()
+        metrics["optimizer/grad_norm"] = torch.stack([sharding.whole(norm) for norm in norms]).norm().item()
         metrics["optimizer/learning_rate"] = rate
+        # Before they are scaled: a norm that is not finite would make every gradient so, and hide which it was.
         not_finite.check(self, metrics, batch, temperature)
+        self._clip(norms)
         self.optimizer.step()
         self.step += 1
         metrics["time/step_s"] = time.perf_counter() - began
@@ -460,13 +463,15 @@ class OnlineTrainer:
         stacked = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
         return dict(zip(sums, (stacked / tokens).tolist(), strict=True))
 
-    def _clip(self) -> float:
-        """Scale gradients down, group by group; the norm of all before."""
-        norms = []
-        for group in self.module.groups():
-            limit = self.method.max_grad_norm or float("inf")
-            norms.append(sharding.whole(torch.nn.utils.clip_grad_norm_(group, limit)))
-        return torch.stack(norms).norm().item()
+    def _norms(self) -> list[Tensor]:
+        """Of the gradients of each group."""
+        groups = ([p.grad for p in group if p.grad is not None] for group in self.module.groups())
+        return [torch.nn.utils.get_total_norm(gradients) for gradients in groups]
+
+    def _clip(self, norms: list[Tensor]) -> None:
+        """Scale gradients down, group by group."""
+        for group, norm in zip(self.module.groups(), norms, strict=True):
+            torch.nn.utils.clip_grads_with_norm_(group, self.method.max_grad_norm or float("inf"), norm)
 
     # --- the model --------------------------------------------------------------------------------------------------
 

@@ -57,7 +57,8 @@ class Report:
             if method.each > 1 and kl_coef > 0 and method.preview_refusal() is None:
                 groups = (-1, method.each)
                 score_PG = method.penalised(rollout, trainer.live).view(groups)
-                values["convergence/gap"] = gap_variance(score_PG, kl_B.view(groups), kl_coef) / (2 * kl_coef)
+                beta = method.settles_at(kl_coef)
+                values["convergence/gap"] = gap_variance(score_PG, kl_B.view(groups), beta) / (2 * beta)
         if method.values != "none":
             values["value/explained_variance"] = _explained(rollout.values_BT[mask_BT], credit.returns_BT[mask_BT])
         if method.temperature_end is not None:

@@ -67,7 +67,7 @@ class SampleTable:
         trainer = self.trainer
         prompts = [row["prompt"] for row in rows]
         ids = [data.prompt_ids(prompt, trainer.tokenizer)[-trainer.prompt_room :] for prompt in prompts]
-        temperature = trainer.live.temperature
+        temperature = trainer.temperature
         trainer.sampler.refresh(trainer.step)
         completions = self._sample(trainer.sampler, ids, POLICY_STREAM + trainer.step, temperature)
         now = self._say(rows, completions)

@@ -30,12 +30,12 @@ def answer(trainer: OnlineTrainer, request: Preview) -> Previewed:
     score_PG = trainer.method.penalised(rollout, trainer.live).view(-1, request.samples)
     log_ratio_B = masked_sum(rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT, rollout.mask_BT, 1)
     log_ratio_PG = log_ratio_B.view(-1, request.samples)
-    now = getattr(trainer.live, trainer.method.tether)
-    variance = gap_variance(score_PG, log_ratio_PG, now)
-    near = now > 0 and variance / (2 * now**2) < NEAR
+    now, at = getattr(trainer.live, trainer.method.tether), trainer.method.settles_at
+    variance = gap_variance(score_PG, log_ratio_PG, at(now))
+    near = now > 0 and variance / (2 * at(now) ** 2) < NEAR
     predictions = []
     for value in request.values:
-        found = tilted(score_PG, log_ratio_PG, value, converged_at=now if near else None)
+        found = tilted(score_PG, log_ratio_PG, at(value), converged_at=at(now) if near else None)
         predictions.append(Prediction(value=value, reward=found.reward, kl=found.kl, effective=found.effective))
     return Previewed(
         id=request.id,
@@ -44,7 +44,7 @@ def answer(trainer: OnlineTrainer, request: Preview) -> Previewed:
         now=now,
         reward=score_PG.mean().item(),
         kl=log_ratio_PG.mean().item(),
-        gap=variance / (2 * now) if now > 0 else None,
+        gap=variance / (2 * at(now)) if now > 0 else None,
         converged=near,
         prompts=len(score_PG),
         samples=request.samples,

@@ -123,7 +123,7 @@ class Scoring:
         """
         index = self.names.index(control.part)
         old = self.parts[index]
-        sums, failure, new = [0.0, 0.0, 0.0], None, old
+        sums, failure, new, scores = [0.0, 0.0, 0.0], None, old, list[float]()
         try:
             new = Part(old.name, control.reward, self._load(control.reward))
             if self._last is not None:
@@ -138,7 +138,15 @@ class Scoring:
             raise RewardError(failures[0])
         before, after, n = (sum(each) for each in zip(*(said for said, _ in answers), strict=True))
         new.shift = (before - after) / n if n else 0.0
-        self._put(index, new)
+        if self._last is not None:
+            # Another part that is replaced now is anchored to it, too.
+            rows, texts, before_BM = self._last
+            there = [
+                [*row[:index], score + new.shift, *row[index + 1 :]]
+                for row, score in zip(before_BM, scores, strict=True)
+            ]
+            self._last = (rows, texts, there)
+        self.parts[index] = new
         return RewardReplaced(
             id=control.id,
             part=old.name,
@@ -153,10 +161,7 @@ class Scoring:
     def again(self, change: RewardReplaced) -> None:
         """Make a recorded change again, with the shift that it had then."""
         function = self._load(change.new)
-        self._put(self.names.index(change.part), Part(change.part, change.new, function, change.shift))
-
-    def _put(self, index: int, part: Part) -> None:
-        self.parts[index] = part
+        self.parts[self.names.index(change.part)] = Part(change.part, change.new, function, change.shift)
         self._last = None
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -167,7 +172,8 @@ class Scoring:
         return [
             {"part": part.name, "new": part.reference.model_dump(mode="json"), "shift": part.shift}
             for part, first in zip(self.parts, began, strict=True)
-            if part.reference != first
+            # The first one, come back, is anchored to those between.
+            if part.reference != first or part.shift
         ]
 
     def load_state(self, state: list[dict[str, Any]]) -> None:

@@ -65,12 +65,13 @@ def ppo(request, job, tiny_model_maker, monkeypatch) -> Callable[..., Any]:
 
 
 def asking(place: Any, control: Any) -> Any:
-    """A writer of events during which a person asks for something, once step 1 is logged."""
+    """A writer of events during which a person asks for something, or for a list of things, once step 1 is logged."""
     write = EventWriter.write
 
     def written(self: EventWriter, event: Any) -> Any:
         if event.kind == "metric" and event.step == 1 and "loss" in event.values:
-            append_line(place.control_path, control.model_dump(mode="json"))
+            for each in control if isinstance(control, list) else [control]:
+                append_line(place.control_path, each.model_dump(mode="json"))
         return write(self, event)
 
     return written

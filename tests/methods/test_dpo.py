@@ -248,6 +248,15 @@ def test_knobs_that_cannot_act_are_refused(knobs, says):
         DPO(**knobs).check(spec)
 
 
+def test_a_loss_that_takes_the_logarithm_of_a_share_cannot_be_moved_to_none():
+    spec = RunSpec(run_id="x", workspace_id="x", method="dpo", config={}, created=0.0)
+    lows = {
+        loss: {live.name: live.low for live in DPO(loss_type=loss, label_smoothing=0.1).live_in(spec)}
+        for loss in ("exo_pair", "robust")
+    }
+    assert (lows["exo_pair"]["label_smoothing"], lows["robust"]["label_smoothing"]) == (1e-3, 0.0)
+
+
 @pytest.mark.parametrize(
     ("knobs", "says"),
     [

@@ -176,6 +176,16 @@ def test_without_a_budget_flat_groups_stay_and_move_nothing(run, trace):
     assert trace(place, "optimizer/grad_norm") == {1: 0.0}
 
 
+@pytest.mark.parametrize(
+    ("method", "knobs"), [("grpo", {"scale_rewards": "batch"}), ("rloo", {"normalise_advantages": True, "beta": 0.05})]
+)
+def test_one_score_for_all_is_no_advantage_however_it_is_scaled(run, trace, method, knobs):
+    """The mean of 64 times 0.1 is not 0.1: divided by a spread of rounding it would be an advantage of one."""
+    tenth = function("tenth", "0.1")
+    place = run(method, reward=tenth, max_steps=1, rollout_batch_size=64, batch_size=64, group_size=8, **knobs)
+    assert trace(place, "optimizer/grad_norm")[1] < 1e-4
+
+
 def test_each_step_says_what_watching_it_costs(run, trace):
     place = run("grpo", max_steps=4)
     hooks, steps = trace(place, "time/hooks_s"), trace(place, "time/step_s")

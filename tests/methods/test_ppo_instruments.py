@@ -14,6 +14,8 @@ from torch import nn
 
 from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.errors import ComputeError
+from rlhf_nb.methods.ppo import PPO
+from rlhf_nb.methods.rloo import RLOO
 from rlhf_nb.protocol.control import Preview, Resume, SetCoefficient, Stop
 from rlhf_nb.protocol.glossary import GLOSSARY
 from rlhf_nb.protocol.spec import FunctionReward
@@ -54,12 +56,24 @@ def test_a_preview_is_answered_and_changes_nothing(ppo):
 
 @pytest.mark.parametrize(
     ("knobs", "reason"),
-    [({"reference": "none"}, "reference=none"), ({"kl_in": "loss"}, "a preview needs kl_in=reward")],
+    [
+        ({"reference": "none"}, "reference=none"),
+        ({"kl_in": "loss"}, "a preview needs kl_in=reward"),
+        ({"gamma": 0.9}, "gamma below 1 and whiten_rewards move the optimum"),
+    ],
 )
 def test_a_preview_that_cannot_be_right_is_refused(ppo, knobs, reason):
     place = ppo(max_steps=2, controls=[Preview(values=[0.1])], **knobs)
     (refused,) = [event for event in place.events() if event.kind == "control_refused"]
     assert reason in refused.reason and not fold(place).previews
+
+
+def test_what_it_would_settle_at_is_the_optimum_that_the_method_comes_to():
+    """The group's mean holds a share of each score: tests/fidelity/test_groups_exact.py enumerates where that leads."""
+    light = PPO(value_model="none", samples_per_prompt=4, rollout_batch_size=8, whiten_advantages=False)
+    assert light.settles_at(0.3) == pytest.approx(0.4)
+    assert PPO(samples_per_prompt=4).settles_at(0.3) == PPO(value_model="none").settles_at(0.3) == 0.3
+    assert RLOO().settles_at(0.3) == 0.3
 
 
 def test_the_gap_is_logged_where_a_prompt_has_several_completions(ppo):
@@ -287,17 +301,21 @@ def test_a_loss_that_is_not_finite_pauses_at_the_last_good_checkpoint_and_goes_o
 
 
 def test_without_a_checkpoint_it_pauses_where_it_is_if_the_policy_still_speaks(ppo, monkeypatch):
-    genuine = online.OnlineTrainer._clip
+    genuine = online.OnlineTrainer._norms
 
-    def clip(self: Any) -> float:
-        norm = genuine(self)
-        return float("nan") if self.step == 3 else norm
+    def norms(self: Any) -> Any:
+        if self.step == 3:
+            parameters = dict(self.module.named_parameters())
+            parameters["policy.model.norm.weight"].grad[0] = float("nan")
+        return genuine(self)
 
-    monkeypatch.setattr(online.OnlineTrainer, "_clip", clip)
+    monkeypatch.setattr(online.OnlineTrainer, "_norms", norms)
     place = ppo(prepare=True)
     held(place, ppo.job, Stop())
     (text,) = [n.text for n in fold(place).notices if n.code == "not_finite"]
     assert "no checkpoint was taken yet, so the weights stay as after step 3 and paused" in text
+    # One gradient of many, though their norm is a norm of all.
+    assert "first not finite is the gradient of policy.model.norm.weight" in text
 
 
 def test_a_policy_that_no_longer_speaks_and_was_never_kept_is_a_failed_run(ppo):

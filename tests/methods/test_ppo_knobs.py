@@ -249,6 +249,13 @@ def test_what_was_moved_after_the_checkpoint_is_moved_again_at_its_step(ppo, res
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_an_infinite_knob_is_refused_where_it_is_written():
+    """In a spec it would come back as None: no correction where all was wanted."""
+    for knob in ("cliprange_value", "importance_cap"):
+        with pytest.raises(SpecError, match=f"ppo: {knob}=inf: .*finite number"):
+            PPO.create(**{knob: float("inf")})
+
+
 def test_a_run_killed_twenty_times_in_every_phase_equals_one_that_never_was(ppo):
     knobs = {"max_steps": 160, "checkpoint_every": 1, "kl_target": 0.5, "kl_horizon": 400, "learning_rate": 1e-3}
     whole = ppo("whole", **knobs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rlhf_nb.errors import RewardError, SpecError
 from rlhf_nb.maths.rewards import combine
 from rlhf_nb.methods.ppo import PPO
 from rlhf_nb.protocol.control import Preview, SetCoefficient, SetReward
+from rlhf_nb.protocol.events import RewardReplaced
 from rlhf_nb.protocol.spec import (
     BlobData,
     CombinedReward,
@@ -27,6 +29,7 @@ from rlhf_nb.protocol.spec import (
 )
 from rlhf_nb.training import checkpoints
 from rlhf_nb.training.prompt_order import PromptOrder
+from rlhf_nb.training.scoring import Scoring
 
 from .conftest import LETTERS, ROWS, VOWELS, fold, function, pretraining, rollouts
 
@@ -131,6 +134,44 @@ def test_a_replaced_reward_stays_replaced_over_a_restart(ppo):
         assert [{k: v for k, v in row.items() if not k.startswith("time/")} for row in fold(place).table()] == [
             {k: v for k, v in row.items() if not k.startswith("time/")} for row in fold(whole).table()
         ]
+
+
+def test_two_parts_that_are_replaced_together_are_both_anchored(ppo):
+    """What is put in differs from what was there by a constant: anchored, the score goes on where it was."""
+    letters = function("more_letters", "100 + sum(c.isascii() and c.isalpha() for c in text) / 4")
+    vowels = function("more_vowels", "110 + sum(c in 'aeiou' for c in text)")
+    asked = [SetReward(part="letters", reward=letters), SetReward(part="vowels", reward=vowels)]
+    plain, both = ppo("plain", reward=BOTH), ppo("both", reward=BOTH, after_step_1=asked)
+    assert [change.effective_step for change in fold(both).rewards] == [3, 3]
+    assert [change.shift for change in fold(both).rewards] == pytest.approx([-100, -100], abs=1e-4)
+    for one, other in zip(rollouts(both), rollouts(plain), strict=True):
+        assert one["reward/score"] == pytest.approx(other["reward/score"], abs=1e-3)
+
+
+def test_a_reward_that_comes_back_keeps_its_anchor_over_a_restart(ppo):
+    """letters → vowels → letters: the shift that letters has by then is no part of the spec."""
+    place = ppo(prepare=True)
+    context = SimpleNamespace(spec=place.spec(), run_dir=place.path, rank=0, attempt=1)
+    scoring = Scoring(PPO(), context, SimpleNamespace(), "cpu")
+    for reward, shift in ((VOWELS, 3.0), (LETTERS, -2.0)):
+        scoring.again(RewardReplaced(id="", part="letters", old="", new=reward, shift=shift, effective_step=1))
+    fresh = Scoring(PPO(), context, SimpleNamespace(), "cpu")
+    fresh.load_state(scoring.state())
+    assert [(part.reference, part.shift) for part in fresh.parts] == [(LETTERS, -2.0)]
+
+
+def test_what_a_preference_is_normalised_by_is_its_own_mean_and_spread(ppo):
+    """Raw scores are 10 and more, preferences lie between 0 and 1: by the raw ones every score would be cut at −1."""
+    place = ppo(reward=VOWELS, preference_references=2, score_normalisation="running", score_clip=1.0, kl_coef=0.0)
+    assert all(row["reward/mean"] > -0.9 for row in rollouts(place))
+
+
+def test_without_a_reference_no_distance_is_paid_for_in_the_loss_either(ppo, trace):
+    """From the second update of a rollout on the policy is not the one that sampled; nothing holds it to that one."""
+    free, held = (
+        ppo(name, reference="none", kl_in="loss", kl_coef=kl_coef) for name, kl_coef in (("free", 0.0), ("held", 5.0))
+    )
+    assert trace(held, "loss") == trace(free, "loss") and not trace(held, "loss/kl")
 
 
 def test_a_reward_that_cannot_be_put_in_is_refused_and_the_old_one_goes_on(ppo):

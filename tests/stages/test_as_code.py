@@ -8,6 +8,8 @@ from unittest.mock import Mock
 import pytest
 
 import rlhf_nb as rl
+from rlhf_nb import registry
+from rlhf_nb.methods.sft import SFT
 from rlhf_nb.protocol.spec import FunctionReward, HubModel, ModelReward, NamedReward, PathModel
 from rlhf_nb.toy import pairs
 
@@ -63,6 +65,17 @@ def test_every_way_to_name_a_model_rows_and_a_reward_comes_back_as_it_was(ws, tm
         again(ws, run, tmp_path)
     told = again(ws, ws.train(rl.RLOO(), policy=sft, prompts="toy-prompts", reward=short), tmp_path)
     assert '"""Shorter is better."""' in told and "reward=short," in told
+
+
+def test_a_method_of_a_plugin_is_found_by_its_name(ws, monkeypatch):
+    class Mine(SFT):
+        name = "mine"
+
+    monkeypatch.setattr(registry.methods, "get", lambda name: Mine if name == "mine" else SFT)
+    spec = ws.train(rl.SFT(), base="toy", data="toy-demonstrations").spec.model_copy(update={"method": "mine"})
+    assert (
+        "from rlhf_nb import registry\n" in spec.as_code() and "    registry.methods.get('mine')(),\n" in spec.as_code()
+    )
 
 
 def test_models_of_elsewhere_and_jobs_that_train_nothing(ws, tmp_path, tiny_model):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rlhf_nb import registry
 from rlhf_nb.studies import methods as study
+from rlhf_nb.studies.methods import __main__ as making
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +34,16 @@ def test_a_line_is_the_mean_over_seeds_less_the_start_of_each():
     # 4 · 0.15 in units of a spread of 2.
     assert dpo["proxy over toy-sft (std)"].startswith("0.300 [")
     assert (dpo["tokens"], dpo["seconds"], dpo["learning rate"], dpo["seeds"]) == (20.0, 7.0, 1e-4, 2)
+
+
+def test_time_is_counted_once_whether_or_not_a_rollout_is_part_of_a_step():
+    def fold(rows):
+        return SimpleNamespace(table=lambda: rows)
+
+    # Online DPO samples and scores within its step; ours before it.
+    within = fold([{"time/step_s": 3.0, "time/score_s": 1.0}, {"time/step_s": 2.0}])
+    apart = fold([{"time/rollout_s": 2.0, "time/score_s": 1.0, "time/step_s": 3.0}, {"time/step_s": 2.0}])
+    assert (making._seconds(within), making._seconds(apart)) == (5.0, 8.0)
 
 
 @pytest.mark.parametrize("failed", [1, 2])

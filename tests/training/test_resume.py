@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_nb.compute.rundir import append_line
+from rlhf_nb.compute.rundir import EventWriter, append_line
 from rlhf_nb.errors import RewardError
 from rlhf_nb.protocol.control import SetCoefficient
+from rlhf_nb.protocol.events import CoefficientChanged, Resumed, Started
 from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import FunctionReward
 from rlhf_nb.toy import demonstrations, pairs
 from rlhf_nb.training import checkpoints
+from rlhf_nb.training import job as training_job
 
 CONFIG = {"max_steps": 8, "batch_size": 4, "sample_tokens": 4, "learning_rate": 3e-3, "max_length": 200}
 
@@ -73,6 +75,44 @@ def test_a_restart_keeps_the_coefficients_of_the_checkpoint_and_forgets_later_on
     assert [(c.id, c.effective_step) for c in changes] == [(early.id, 1), (late.id, 3)]
     implicit, ratio = trace(place, "implicit_reward/margin"), trace(place, "log_ratio/margin")
     assert implicit[4] == pytest.approx(0.5 * ratio[4], rel=1e-5)
+
+
+def test_of_two_sets_at_one_boundary_a_restart_brings_the_first_not_back(job):
+    place = job.prepare("dpo", pairs(12), config={**CONFIG, "checkpoint_every": 2, "max_steps": 4, "sample_every": 0})
+    for value in (1e-3, 1e-5):
+        append_line(place.control_path, SetCoefficient(name="learning_rate", value=value).model_dump(mode="json"))
+    job.run(place)
+    job.run(place, attempt=2, resume_from=checkpoints.directory(place.path, 2))
+    fold = RunFold()
+    for event in place.events():
+        fold.add(event)
+    assert [change.new for change in fold.changes] == [1e-5]
+    assert fold.coefficients["learning_rate"].value == 1e-5
+
+
+def test_what_held_when_a_run_went_back_by_itself_is_made_again_from_there(job):
+    """1e-2 made it diverge at 28; back at 20 it still held, until a person said otherwise. It never came back at 25."""
+    place = job.prepare("ppo", [{"prompt": "p"}], reward=dies(job.root / "never"), config={})
+
+    def set_to(id: str, value: float, step: int) -> CoefficientChanged:
+        return CoefficientChanged(id=id, name="learning_rate", old=1.0, new=value, effective_step=step)
+
+    writer = EventWriter(place.events_path)
+    start = {"world_size": 1, "rank_pids": [1], "device": "cpu", "warm": False, "versions": {}, "coefficients": []}
+    for event in (
+        Started(attempt=1, max_steps=50, has_reference=True, **start),
+        set_to("early", 1e-3, 10),
+        set_to("high", 1e-2, 25),
+        Resumed(step=20, attempt=1, from_step=20),
+        set_to("low", 1e-4, 21),
+        Started(attempt=2, max_steps=50, has_reference=True, **start),
+        Resumed(step=20, attempt=2, from_step=20),
+        set_to("last", 1e-5, 40),
+    ):
+        writer.write(event)
+    writer.close()
+    again = training_job._changes_after(place, 20)
+    assert [(change.id, change.effective_step) for change in again] == [("high", 21), ("low", 21), ("last", 40)]
 
 
 def test_a_restart_without_a_checkpoint_supersedes_everything(job):

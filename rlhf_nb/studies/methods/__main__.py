@@ -53,15 +53,19 @@ def trained(workspace: Workspace, arm: Arm, seed: int, rate: float, proxy: str) 
             run = workspace.train(method, policy="toy-sft", data=data)
         run.wait()
     except RlhfError as error:
+        if run is not None and run.state == "paused":
+            # It would keep its turn, and the next run would wait for it for ever.
+            run.stop().wait()
         return {"state": "failed", "run": run.id if run else "", "rate": rate, "reason": str(error)}
     scored = measured(saved(workspace, run.id), saved(workspace, proxy), seed)
     return {"state": run.state, "run": run.id, "rate": rate, "train_s": _seconds(run.fold), **scored}
 
 
 def _seconds(fold: Any) -> float:
-    """Wall time of the steps; of rollouts too, for methods that sample."""
-    names = ("time/step_s", "time/rollout_s", "time/score_s", "time/reference_s", "time/sync_s")
-    return round(sum(row.get(name, 0.0) for row in fold.table() for name in names), 2)
+    """Wall time of the steps; of rollouts too, where they are no part of a step."""
+    names = ("time/rollout_s", "time/score_s", "time/reference_s", "time/sync_s")
+    apart = sum(row.get(name, 0.0) for row in fold.table() if "time/rollout_s" in row for name in names)
+    return round(apart + sum(row.get("time/step_s", 0.0) for row in fold.table()), 2)
 
 
 def saved(workspace: Workspace, run: str) -> str:
