@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rlhf_nb.data.conversions import about_completions
 from rlhf_nb.errors import ComputeError, SpecError
 from rlhf_nb.feedback.constitution import Constitution, Principle, draw
 from rlhf_nb.methods.base import LiveCoefficient, Method, Trainer
@@ -31,17 +32,6 @@ if TYPE_CHECKING:
 FLIPS_SAID = 1 / 3
 """Share of pairs that flip with the order above which the run says so: there the place decides more than the text."""
 UNANSWERED_SAID = 0.1
-_PARALLEL = (
-    "completions",
-    "ranks",
-    "scores",
-    "completion_lengths",
-    "completion_ended",
-    "chosen",
-    "rejected",
-    "details",
-)
-"""Columns about the candidates, which a judged pair does not keep."""
 
 
 class JudgePairs(Method):
@@ -180,7 +170,7 @@ def _pair(
     constitution: Constitution | None,
 ) -> Row:
     won = outcome.choice == "a"
-    made: Row = {name: value for name, value in row.items() if name not in _PARALLEL}
+    made: Row = {name: value for name, value in row.items() if not about_completions(name)}
     made |= {
         "chosen": comparison.first if won else comparison.second,
         "rejected": comparison.second if won else comparison.first,

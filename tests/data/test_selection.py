@@ -50,6 +50,13 @@ def test_the_best_keeps_the_prompts_columns_and_drops_those_of_other_completions
     assert dropped == {}
 
 
+def test_what_was_said_of_other_completions_is_no_part_of_those_kept():
+    said = {"margin": 3, "weight": 2.0, "annotator": "anna", "chosen_score": 9, "rejected_score": 1, "golds": [1, 2]}
+    made, _ = select([row(0.0, 3.0, **said, agrees=True, preference=0.9, judge="m", answer="7")], "best_and_worst")
+    sides = {"chosen": "p says 1", "rejected": "p says 0", "chosen_score": 3.0, "rejected_score": 0.0}
+    assert made == [{"prompt": "p", "answer": "7", **sides}]
+
+
 def test_the_ends_make_a_pair_and_prompts_without_two_ends_are_counted():
     rows = [row(1.0, 3.0, 2.0), row(2.0, 2.0, prompt="q"), row(5.0, prompt="one")]
     made, dropped = select(rows, "best_and_worst")

@@ -51,6 +51,14 @@ def test_every_label_names_its_principle_judge_and_prompt_and_is_what_the_princi
     assert result.interval[0] < result.value < result.interval[1]
 
 
+def test_a_judged_pair_keeps_nothing_that_somebody_else_said_of_its_completions(job):
+    before = {"margin": 3.0, "weight": 2.0, "annotator": "anna", "chosen_score": 9.0, "rejected_score": 1.0}
+    rows = [{**row, **before, "golds": [1.0], "answer": "7"} for row in ROWS[:10]]
+    made = rows_of(job("judge", rows, judge=FAIR, policy=None, config={"constitution": TOWN}))
+    own = {"principle", "judge", "judge_prompt", "constitution", "preference", "agrees"}
+    assert made and all(row.keys() == {"prompt", "chosen", "rejected", "answer"} | own for row in made)
+
+
 def test_each_principle_judges_every_pair_on_request(job):
     place = job("judge", ROWS[:10], judge=FAIR, policy=None, config={"constitution": TOWN, "principles": "each"})
     assert event(place, "data_saved").counts["pairs"] == 40
