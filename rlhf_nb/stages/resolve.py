@@ -86,10 +86,9 @@ def resolve_model(workspace: Workspace, value: Any, *, verb: str, role: str) -> 
         if not registry.methods.get(workspace.spec(value).method).trains:
             raise SpecError(f"{verb}: {role} {value} trains nothing and saves no model; %rlhf models lists models")
         return RunModel(run_id=value)
-    directory = Path(value).expanduser()
-    if (directory / "config.json").exists() or (directory / "adapter_config.json").exists():
-        return PathModel(path=str(directory.resolve()))
-    if directory.is_dir():
+    if _there(value, "config.json") or _there(value, "adapter_config.json"):
+        return PathModel(path=str(Path(value).expanduser().resolve()))
+    if (found := _there(value)) and found.is_dir():
         raise SpecError(f'{verb}: {role} "{value}" is a directory without config.json; save a model there first')
     # A hub id is owner/name; anything with more slashes or a leading dot was meant as a path.
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?", value):
@@ -98,6 +97,16 @@ def resolve_model(workspace: Workspace, value: Any, *, verb: str, role: str) -> 
     known = [*NAMED_MODELS, *workspace.run_ids()]
     hint = did_you_mean(value, known)
     raise NotFoundError(f'{verb}: {role} "{value}" does not exist in this workspace{hint}  %rlhf models lists them.')
+
+
+def _there(text: str, *below: str) -> Path | None:
+    """What a text names on this machine, if anything. What no file can be called names nothing."""
+    # A text with options, or somebody's words, may be longer than a path can be, or begin with ~ and no user.
+    try:
+        path = Path(text, *below).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str, also: tuple[str, ...] = ()) -> DataRef:
@@ -254,7 +263,7 @@ def _several(value: Any) -> list[tuple[Any, Any]] | None:
         return list(value.items())
     if isinstance(value, list | tuple):
         return [(one, 1.0) for one in value]
-    if isinstance(value, str) and ("," in value or "=" in value) and not Path(value).expanduser().exists():
+    if isinstance(value, str) and ("," in value or "=" in value) and not _there(value):
         parts = _written(value)
         return None if len(parts) == 1 and parts[0][1] == "" else [(name, weight or 1.0) for name, weight in parts]
     return None

@@ -189,6 +189,22 @@ def test_a_reward_is_written_with_its_options(ws):
         assert "\n" not in str(caught.value)
 
 
+def test_words_longer_than_a_path_can_be_are_no_path(ws):
+    words = "Which answer is kinder, and says what it knows? " * 120
+    schema = {"type": "object", "properties": {f"field-{i}": {"type": "string"} for i in range(200)}}
+    reward = resolve_reward(ws, f"json-schema(schema={schema!r})", verb="ppo")
+    assert (reward.name, reward.config["schema"]) == ("json-schema", schema)
+    judge = resolve_reward(
+        ws, f'judge(model="toy-annotator", principle="honest"),regex(pattern={"9" * 300!r})', verb="x"
+    )
+    assert [part.name for part in judge.parts] == ["judge-honest", "regex"]
+    graded = resolve_reward(ws, f'judge(model="toy", principle={words!r})', verb="ppo")
+    assert graded.config["principle"] == words
+    for odd in (words, "~nobody-of-that-name/model", "a\0b"):
+        with pytest.raises(NotFoundError, match="does not exist in this workspace"):
+            resolve_reward(ws, odd.replace(",", ""), verb="ppo")
+
+
 def test_an_ensembles_members_become_one_reward_as_its_options_say(ws):
     for run_id, members in (("reward-1", 3), ("reward-2", 1)):
         config = RewardModel(members=members).model_dump(mode="json")
