@@ -36,8 +36,7 @@ def judge(
 ) -> Run:
     """Start the job; see `Workspace.judge`."""
     who = resolve_judge(workspace, judge, verb="judge")
-    by = _principles(who, constitution, principle)
-    _known_to(who, by.saying("preference") if by else ())
+    by = resolve_principles(who, constitution, principle)
     method = registry.methods.get("judge").create(constitution=by, **settings)
     run = make_rows(workspace, method, model=None, data=data, judge=who, launch=launch, title=title)
     return _traced(workspace, run, by)
@@ -109,6 +108,18 @@ def _with_knobs(text: str, verb: str) -> tuple[str, dict[str, float]]:
     except (SyntaxError, ValueError, TypeError):
         raise SpecError(f"{verb}: judge {text}: knobs are written as in Python: {found[1]}(name=0.1)") from None
     return found[1], config
+
+
+def resolve_principles(who: JudgeRef, source: Any, principle: str) -> Constitution | None:
+    """What a judge compares by: a constitution, the one principle of it that is named, or the words themselves.
+
+    Raises:
+        NotFoundError: No such constitution or principle.
+        SpecError: It says nothing of preferences, or the judge does not know its principles.
+    """
+    by = _principles(who, source, principle)
+    _known_to(who, by.saying("preference") if by else ())
+    return by
 
 
 def _principles(who: JudgeRef, source: Any, principle: str) -> Constitution | None:
