@@ -288,7 +288,8 @@ class Iteration:
             for run, doing in ((each.rows, "sampling"), *judged, (each.policy, "training")):
                 if run is None:
                     return "labelling" if self._open_labels(each) else doing
-                if run.state in ("failed", "stopped") and not (run.state == "stopped" and run.fold.model is not None):
+                kept = run.state == "stopped" and (run.fold.model is not None or run.fold.data is not None)
+                if run.state in ("failed", "stopped") and not kept:
                     return run.state
                 if run.state not in TERMINAL:
                     return doing

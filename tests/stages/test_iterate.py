@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -11,7 +12,7 @@ from rlhf_nb.errors import NotFoundError, RlhfError, RunFailedError, SpecError, 
 from rlhf_nb.feedback.constitution import load
 from rlhf_nb.labelling.items import pair_items
 from rlhf_nb.protocol.spec import RunModel
-from rlhf_nb.stages.iterate import take_turns
+from rlhf_nb.stages.iterate import Round, take_turns
 
 PROMPTS = [{"prompt": f"Where is house {i}?"} for i in range(6)]
 DPO = rl.DPO(max_steps=2, batch_size=2, learning_rate=1e-3, sample_every=0, max_length=100)
@@ -162,6 +163,18 @@ def test_every_round_is_judged_by_the_constitution_as_it_was_at_the_start(ws, tm
     assert found.preference == "Which is true?"
     with pytest.raises(SpecError, match=r'"climb" exists with other settings \(constitution\)'):
         ws.iterate(DPO, **ASKED, constitution=path)
+
+
+@pytest.mark.parametrize("part", ["rows", "labels"])
+def test_a_stopped_job_whose_rows_are_saved_does_not_stop_the_iteration(ws, monkeypatch, part):
+    it = ws.iterate(DPO, **ASKED)
+    saved, over = SimpleNamespace(model=None, data=object()), SimpleNamespace(model=object(), data=None)
+    runs = {name: SimpleNamespace(state="finished", fold=over) for name in ("rows", "labels", "policy")}
+    runs[part] = SimpleNamespace(state="stopped", fold=saved)
+    monkeypatch.setattr(type(it), "rounds", [Round(1, **runs)])
+    assert it.state == "finished"
+    saved.data = None
+    assert it.state == "stopped", "nothing was saved, so nothing goes on"
 
 
 def test_prompts_take_turns_and_none_comes_twice_before_all_did():
