@@ -261,7 +261,7 @@ def _who(args: argparse.Namespace) -> Any:
             raise SpecError("--url: the model's name there is missing; give --judge NAME")
         return Endpoint(url=args.url, model=args.judge, token_env=args.token_env)
     if args.token_env:
-        raise SpecError(f"--token-env {args.token_env}: it goes with --url, the address that asks for a token")
+        raise SpecError("--token-env: it goes with --url, the address that asks for a token")
     return args.judge
 
 

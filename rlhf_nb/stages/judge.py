@@ -12,7 +12,7 @@ from rlhf_nb.errors import NotFoundError, SpecError, did_you_mean
 from rlhf_nb.feedback import constitution as constitutions
 from rlhf_nb.feedback.constitution import Constitution, Principle
 from rlhf_nb.feedback.endpoint import checked
-from rlhf_nb.protocol.spec import Endpoint, JudgeRef, ModelJudge, NamedJudge
+from rlhf_nb.protocol.spec import Endpoint, JudgeRef, ModelJudge, NamedJudge, judge_ref
 from rlhf_nb.stages.generate import make_rows
 from rlhf_nb.stages.resolve import NAMED_MODELS, resolve_model
 
@@ -164,6 +164,8 @@ def reward_options(workspace: Workspace, config: Mapping[str, Any]) -> dict[str,
     """
     given = dict(config)
     if "judge" in given:
+        if isinstance(given["judge"], dict) and isinstance(there := judge_ref(given["judge"]), Endpoint):
+            checked(there)
         return given
     model, url, token_env = (given.pop(name, "") for name in ("model", "url", "token_env"))
     if not model:
