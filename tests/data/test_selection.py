@@ -96,6 +96,13 @@ def test_the_top_fraction_is_taken_over_all_prompts_and_rounded_up():
     assert made[-1]["completion"] == "q says 0"
     assert dropped == {"completions below the top 0.5": 2}
     assert len(select(rows, "top_fraction", fraction=1.0)[0]) == 5
+    assert len(select(rows, "top_fraction", fraction=1e-12)[0]) == 1
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(0.07, 7), (0.29, 29), (0.071, 8), (0.55, 55)])
+def test_a_whole_number_of_completions_is_not_rounded_up(fraction, kept):
+    rows = [row(float(number), prompt=str(number)) for number in range(100)]
+    assert len(select(rows, "top_fraction", fraction=fraction)[0]) == kept
 
 
 def test_completions_without_scores_are_refused_and_so_is_a_threshold_left_out():
