@@ -426,7 +426,7 @@ def reward_from_source(source: str, name: str) -> FunctionReward:
         )
     if function.args.kwarg is None and len(parameters) == 2:
         raise SpecError(f"reward {name}: {function.name} must end with **columns, the other columns of the rows")
-    missing = _free_names(tree, source, name)
+    missing = _free_names(source, name)
     if missing:
         raise SpecError(
             f"reward {name}: {', '.join(sorted(missing))} is defined outside the function; import or define it inside"
@@ -434,17 +434,8 @@ def reward_from_source(source: str, name: str) -> FunctionReward:
     return FunctionReward(name=name, source=source)
 
 
-def _free_names(tree: ast.Module, source: str, name: str) -> set[str]:
-    """Globals the code reads that neither it nor Python defines."""
-    defined = set(dir(builtins)) | {"__name__", "__file__"}
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            defined.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            defined.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            defined.update(n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+def _free_names(source: str, name: str) -> set[str]:
+    """Globals the functions of a source read that neither it nor Python defines."""
     import symtable
 
     def free(table: symtable.SymbolTable) -> set[str]:
@@ -454,6 +445,9 @@ def _free_names(tree: ast.Module, source: str, name: str) -> set[str]:
         return found
 
     module = symtable.symtable(source, name, "exec")
+    # Wherever it stands there: in a try, under an if, as the target of a loop.
+    defined = {s.get_name() for s in module.get_symbols() if s.is_assigned() or s.is_imported()}
+    defined |= set(dir(builtins)) | {"__name__", "__file__"}
     return {n for child in module.get_children() for n in free(child)} - defined
 
 
