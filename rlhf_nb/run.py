@@ -234,8 +234,12 @@ class Run:
             SpecError: No such live coefficient, or a value outside its range.
             UnavailableError: The value was frozen when the run started.
         """
+        return self._ask(self.check_set(name, value, why))
+
+    def check_set(self, name: str, value: Any, why: str = "") -> controls.SetCoefficient | controls.SetReward:
+        """What `set` sends; nothing is sent. It raises as `set` does."""
         if name.partition("/")[0] == "reward":
-            return self._replace_reward(name.partition("/")[2], value, why)
+            return self._other_reward(name.partition("/")[2], value, why)
         if not isinstance(value, int | float):
             raise SpecError(f"{self.id}: {name}={value!r} is no number")
         known = self.fold.coefficients
@@ -249,9 +253,9 @@ class Run:
                 raise UnavailableError(f"{self.id}: {name}: {live.unavailable_reason}")
             if not live.low <= value <= live.high:
                 raise SpecError(f"{self.id}: {name}={value:g} is outside its range {live.low:g} to {live.high:g}")
-        return self._ask(controls.SetCoefficient(name=name, value=value, why=why))
+        return controls.SetCoefficient(name=name, value=value, why=why)
 
-    def _replace_reward(self, part: str, value: Any, why: str) -> Pending:
+    def _other_reward(self, part: str, value: Any, why: str) -> controls.SetReward:
         from rlhf_nb.stages.resolve import resolve_reward
 
         names = [one.name for one in reward_parts(self.spec.reward)]
@@ -267,7 +271,7 @@ class Run:
             state = self.workspace.run(new.model.run_id).state
             if state not in ("finished", "stopped"):
                 raise SpecError(f"{self.id}: {new.model.run_id} is {state} and has saved no model yet; wait for it")
-        return self._ask(controls.SetReward(part=part or names[0], reward=new, why=why))
+        return controls.SetReward(part=part or names[0], reward=new, why=why)
 
     def pause(self) -> Pending:
         return self._ask(controls.Pause())

@@ -242,7 +242,7 @@ class Verbs:
         rounds: int = 3,
         reward: Any = None,
         judge: Any = None,
-        constitution: str | None = None,
+        constitution: Any = None,
         principle: str = "",
         n: int | None = None,
         prompts_per_round: int | None = None,

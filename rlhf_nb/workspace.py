@@ -154,10 +154,13 @@ class Workspace(Verbs):
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
-    def import_data(self, source: str | Path, *, name: str, kind: str | None = None, split: str = "train") -> Dataset:
+    def import_data(
+        self, source: str | Path, *, name: str, kind: str | None = None, split: str | None = None
+    ) -> Dataset:
         """Read pairs, rankings, thumbs, prompts or demonstrations from a file, a saved data set or a hub id.
 
-        The format is detected and said; unusable rows are dropped and counted.
+        The format is detected and said; unusable rows are dropped and counted. Of several splits, `split` names one;
+        without it "train" is read where there is one.
         """
         from rlhf_nb.stages.import_data import import_data
 

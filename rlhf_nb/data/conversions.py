@@ -15,14 +15,19 @@ from rlhf_nb.errors import DataError
 Converted = tuple[list[Row], dict[str, int]]
 Conversion = Callable[[Iterable[Mapping[str, Any]]], Converted]
 
-_JUDGED = {column for columns in COLUMNS.values() for column in columns} - {"prompt"}
-_JUDGED |= {"details", "scores", "golds", "completion_lengths", "completion_ended"}
-"""Columns about completions that somebody else gave."""
+_SAID = {column for columns in COLUMNS.values() for column in columns} - {"prompt"}
+_SAID |= {"details", "draft", "score", "scores", "golds", "chosen_score", "rejected_score"}
+_SAID |= {"completion_lengths", "completion_ended"}
+"""The completions, and what is said of one of them or of a list of them: in rows of another kind it has no place."""
+_COMPARED = {"margin", "weight", "annotator", "preference", "agrees", "judge", "judge_prompt"}
+_COMPARED |= {"constitution", "principle", "principles", "critiques"}
+"""What somebody said of the completions together: it holds as long as the same ones are compared, with the same end."""
 
 
 def about_completions(column: str) -> bool:
-    """Whether a column belongs to completions and not to the prompt."""
-    return column in _JUDGED
+    """Whether a column belongs to the completions of a row and not to its prompt: with other completions, or with
+    another label, it goes."""
+    return column in _SAID or column in _COMPARED
 
 
 def pairs_to_thumbs(rows: Iterable[Mapping[str, Any]]) -> Converted:
@@ -174,7 +179,7 @@ def to_prompts(rows: Iterable[Mapping[str, Any]]) -> Converted:
     rows = list(rows)
     distinct: dict[str, Row] = {}
     for row in rows:
-        kept = {column: value for column, value in row.items() if column not in _JUDGED}
+        kept = {column: value for column, value in row.items() if not about_completions(column)}
         distinct.setdefault(prompt_key(row["prompt"]), kept)
     prompts = list(distinct.values())
     return prompts, {"repeated prompt": len(rows) - len(prompts)} if len(prompts) < len(rows) else {}
@@ -199,8 +204,8 @@ def to_chat(rows: Iterable[Mapping[str, Any]]) -> Converted:
 
 
 def _beside(row: Mapping[str, Any]) -> Row:
-    """Columns that are about the prompt or the annotator, and so hold for whatever is made of the row."""
-    return {column: value for column, value in row.items() if column != "prompt" and column not in _JUDGED}
+    """Columns that hold where the comparison stays: of the prompt, of the annotator, of all completions together."""
+    return {column: value for column, value in row.items() if column != "prompt" and column not in _SAID}
 
 
 def _distinct_thumbs(thumbs: Iterable[tuple[Any, str, bool]]) -> Converted:

@@ -48,6 +48,8 @@ class Format:
     kind: str
     matches: Callable[[Record], bool]
     convert: Callable[[Record], Row]
+    doubt: Callable[[Iterable[Record]], str] | None = None
+    """Of all records together: why they cannot be read, and the way out; empty where they can."""
 
 
 def detect(records: Iterable[Record]) -> list[Format]:
@@ -244,17 +246,41 @@ def _voted_pairs(record: Record) -> Row:
 
 def _judged_pairs(prompt: str, first: str, second: str, verdict: str) -> Callable[[Record], Row]:
     def convert(record: Record) -> Row:
-        said = str(record[verdict]).strip().lower()
-        one = said in ("1", "a", first) or said.startswith("a-is-")
-        two = said in ("2", "b", second) or said.startswith("b-is-")
-        if not one and not two:
-            raise Drop("a tie" if "tie" in said or said in ("0", "both") else f"{verdict} is neither side")
-        good, bad = (first, second) if one else (second, first)
+        side = _side(record[verdict], first, second)
+        if side not in (first, second):
+            raise Drop(side or f"{verdict} is neither side")
+        good, bad = (first, second) if side == first else (second, first)
         extra = rest(record, prompt, first, second)
         sides = {"chosen": completion_of(record[good], "chosen"), "rejected": completion_of(record[bad], "rejected")}
         return {"prompt": record[prompt], **sides, **extra}
 
     return convert
+
+
+def _side(value: Any, first: str, second: str) -> str:
+    """The column that a verdict prefers, "a tie", or nothing."""
+    # A column of numbers with a gap in it is read as 1.0 and 2.0.
+    said = str(value).strip().lower().removesuffix(".0")
+    if said in ("1", "a", first) or said.startswith("a-is-"):
+        return first
+    if said in ("2", "b", second) or said.startswith("b-is-"):
+        return second
+    return "a tie" if "tie" in said or said in ("0", "both") else ""
+
+
+def _counted_from_zero(first: str, second: str, verdict: str) -> Callable[[Iterable[Record]], str]:
+    """0 is a tie beside 1 and 2, and beside 1 alone more likely the first: then 1 must not be read as the first."""
+
+    def doubt(records: Iterable[Record]) -> str:
+        said = {str(record.get(verdict)).strip().lower().removesuffix(".0") for record in records}
+        if "0" not in said or any(_side(each, first, second) in (first, second) for each in said - {"1"}):
+            return ""
+        return (
+            f"{verdict} holds {' and '.join(sorted(said & {'0', '1'}))} and never 2, so that 0 may be a tie or the "
+            f"first side; write a or b there (or 1, 2, and 0 for a tie), then import again"
+        )
+
+    return doubt
 
 
 # Rankings, thumbs, demonstrations, prompts
@@ -410,12 +436,14 @@ FORMATS: tuple[Format, ...] = (
         "pairs",
         has("prompt", "completion_a", "completion_b", "preference"),
         _judged_pairs("prompt", "completion_a", "completion_b", "preference"),
+        _counted_from_zero("completion_a", "completion_b", "preference"),
     ),
     Format(
         "two outputs and a label",
         "pairs",
         has("input", "output_1", "output_2", "label"),
         _judged_pairs("input", "output_1", "output_2", "label"),
+        _counted_from_zero("output_1", "output_2", "label"),
     ),
     Format("prompt, completion and label", "thumbs", _labelled("label", has("prompt", "completion", "label")), _thumbs),
     Format(

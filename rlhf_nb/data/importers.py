@@ -50,6 +50,8 @@ def read_rows(source: Any, kind: str | None = None, *, split: str | None = None)
     found = _choose(detect(records), kind)
     if found is None:
         raise _unknown_columns(origin, records[0], kind)
+    if found.doubt is not None and (why := found.doubt(records)):
+        raise DataError(f"{origin}: {why}")
     rows, dropped = _convert(records, found)
     if not rows:
         why = _reasons(dropped)

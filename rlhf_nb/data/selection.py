@@ -115,7 +115,8 @@ def _top(rows: list[Row], fraction: float) -> set[tuple[int, int]]:
     scored = [(score, (number, index)) for number, row in enumerate(rows) for index, score in enumerate(row["scores"])]
     # Sorted by score alone, so that of equal ones the first stay.
     ranked = sorted(scored, key=lambda one: -one[0])
-    return {at for _, at in ranked[: math.ceil(fraction * len(scored))]}
+    # 0.07 * 100 is a little more than 7.
+    return {at for _, at in ranked[: max(1, math.ceil(fraction * len(scored) - 1e-9))]}
 
 
 def _rest(row: Row) -> Row:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ BACKOFF_LIMIT_S = 30.0
 BODY_LIMIT = 4 << 20
 """Bytes of an answer that are read: no verdict is that long."""
 TOP_LOGPROBS = 20
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 LATER = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
@@ -41,7 +43,7 @@ def checked(endpoint: Endpoint) -> Endpoint:
     """The endpoint, if its address can be asked without giving anything away.
 
     Raises:
-        SpecError: No http URL, a secret in it, or a token that would travel in the clear.
+        SpecError: No http URL, a secret in it, no name of a variable, or a token that would travel in the clear.
     """
     try:
         parts = urlsplit(endpoint.url)
@@ -56,9 +58,11 @@ def checked(endpoint: Endpoint) -> Endpoint:
         )
     if parts.scheme not in ("http", "https") or not host:
         raise SpecError(f"judge url={endpoint.url!r} is no http URL; give one such as https://api.example.com/v1")
-    if endpoint.token_env and not endpoint.token_env.replace("_", "a").isidentifier():
+    # A token without dashes is an identifier too; what is accepted here is written down and shown.
+    if endpoint.token_env and not VARIABLE.fullmatch(endpoint.token_env):
         raise SpecError(
-            "judge token_env: it is the NAME of an environment variable, not the token; export the token first"
+            "judge token_env: it is the NAME of an environment variable, in capitals such as JUDGE_TOKEN, not the "
+            "token; export the token under such a name first"
         )
     if endpoint.token_env and parts.scheme == "http" and not _here(host):
         raise SpecError(f"judge url={endpoint.url!r}: over http the token could be read on the way; use https")

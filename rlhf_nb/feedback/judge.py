@@ -290,6 +290,8 @@ class Journaled:
         self.judge, self.name, self.prompt_hash, self.path = judge, judge.name, judge.prompt_hash, path
         self.asked = 0
         """Questions that went to the judge since this was opened."""
+        self.silent = 0
+        """Questions in a row, to now, that got no answer."""
         self._known: dict[str, dict[str, Any]] = {}
         tail = LineTail(path)
         for line in tail.read_raw():
@@ -321,10 +323,16 @@ class Journaled:
         self.asked += len(new)
         for at, answer in ask([asked[places[key][0]] for key in new]):
             key = new[at]
+            self.silent = self.silent + 1 if answer.failure in ("timeout", "error") else 0
             if answer.failure not in ("timeout", "error"):
                 self._known[key] = asdict(answer)
                 append_line(self.path, {"key": key, "said": asdict(answer)})
             yield from ((index, answer) for index in places[key])
+
+    @property
+    def heard(self) -> bool:
+        """It has answered something, now or before, to this rank or another."""
+        return any(path.stat().st_size for path in self.path.parent.glob("said-*.jsonl"))
 
     def _key(self, each: Any) -> str:
         what = [self.name, self.prompt_hash, type(each).__name__, asdict(each) | {"principle": None}]

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb import workspace as workspaces
-from rlhf_nb.errors import NotFoundError, RunFailedError, SpecError
+from rlhf_nb.errors import NotFoundError, RunFailedError, SpecError, did_you_mean
 from rlhf_nb.magics import awaiting, parser
 
 if TYPE_CHECKING:
+    from rlhf_nb.protocol.spec import LoRA
     from rlhf_nb.run import Run
     from rlhf_nb.workspace import Workspace
 
@@ -81,14 +82,9 @@ def _workspace(target: str | None) -> Any:
 
 def _train(ws: Workspace, verb: str, words: dict[str, Any], knobs: dict[str, Any]) -> Run:
     from rlhf_nb import registry
-    from rlhf_nb.protocol.spec import LoRA
 
     method = registry.methods.get(verb).create(**knobs)
-    adapter = words.get("adapter")
-    if isinstance(adapter, dict):
-        adapter = LoRA(**adapter)
-    elif adapter is not None:
-        adapter = LoRA()
+    adapter = _adapter(verb, words.get("adapter"))
     run = ws.train(
         method,
         policy=words.get("policy"),
@@ -101,6 +97,32 @@ def _train(ws: Workspace, verb: str, words: dict[str, Any], knobs: dict[str, Any
         title=words.get("title") or "",
     )
     return _show(run)
+
+
+def _adapter(verb: str, value: Any) -> LoRA | None:
+    """What a line or a cell says of an adapter: nothing or false, "lora" or true, or a table of its knobs."""
+    from pydantic import ValidationError
+
+    from rlhf_nb.protocol.spec import LoRA
+
+    if value is None or value is False:
+        return None
+    if value is True or value == "lora":
+        return LoRA()
+    if not isinstance(value, dict):
+        raise SpecError(
+            f'{verb}: adapter={value!r} is no adapter; write "lora", false, or a table [adapter] with r = 8'
+        )
+    try:
+        return LoRA(**value)
+    except ValidationError as error:
+        first, known = error.errors()[0], list(LoRA.model_fields)
+        field = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            hint = did_you_mean(field, known)
+            raise SpecError(f'{verb}: "{field}" is no knob of an adapter{hint}  known: {", ".join(known)}') from None
+        said = first["msg"].lower().replace("input should", "should")
+        raise SpecError(f"{verb}: adapter.{field}={value[field]!r}: {said}") from None
 
 
 def _show(run: Run) -> Run:
@@ -142,14 +164,18 @@ def _run(ws: Workspace, name: str | None) -> Run:
 
 def _set(ws: Workspace, args: argparse.Namespace) -> Any:
     run = ws.run(args.run)
-    pending = []
+    asked: dict[str, Any] = {}
     for name, number in parser.assignments(args.assignments, "set").items():
         if name.partition("/")[0] == "reward":
-            pending.append(run.set(name, number, why=args.why))
-            continue
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            asked[name] = number
+        elif isinstance(number, bool) or not isinstance(number, (int, float)):
             raise SpecError(f"set: {name}={number!r} is no number; write for example {name}=0.1")
-        pending.append(run.set(name, float(number), why=args.why))
+        else:
+            asked[name] = float(number)
+    # None of a line is sent before all of it is known to be right.
+    for name, one in asked.items():
+        run.check_set(name, one)
+    pending = [run.set(name, one, why=args.why) for name, one in asked.items()]
     if run.state == "paused":
         # Nothing comes into force during a pause; the panel shows it as asked.
         return Lines([f"{p.what} asked; in force when the run goes on" for p in pending])
@@ -261,7 +287,7 @@ def _who(args: argparse.Namespace) -> Any:
             raise SpecError("--url: the model's name there is missing; give --judge NAME")
         return Endpoint(url=args.url, model=args.judge, token_env=args.token_env)
     if args.token_env:
-        raise SpecError(f"--token-env {args.token_env}: it goes with --url, the address that asks for a token")
+        raise SpecError("--token-env: it goes with --url, the address that asks for a token")
     return args.judge
 
 
@@ -370,6 +396,11 @@ def _cell(words: list[str], cell: str) -> Any:
     top = {key: config.pop(key) for key in _TOP if key in config}
     if "policy" in top and "base" in top:
         raise SpecError(f"{verb}: policy and base name the same model; give one of them")
+    if "data" in top and "prompts" in top:
+        raise SpecError(f"{verb}: data and prompts name the same rows; give one of them")
+    if isinstance(top.get("adapter"), dict):
+        # `--adapter lora` says no more than that there is one.
+        args.pop("adapter", None)
     top["policy"] = top.pop("policy", None) or top.pop("base", None)
     top["data"] = top.pop("data", None) or top.pop("prompts", None)
     merged = {**top, **{key: given for key, given in args.items() if given}}

@@ -120,7 +120,7 @@ _VERBS: dict[str, Callable[[], Words]] = {
         _arg("source", metavar="PATH_OR_HUB_ID"),
         _arg("--as", dest="name", required=True, metavar="NAME"),
         _arg("--kind", choices=["pairs", "rankings", "thumbs", "prompts", "demonstrations"]),
-        _arg("--split", default="train"),
+        _arg("--split", metavar="NAME", help="of a hub or saved data set; default train where there is one"),
     ),
     "label": _make(
         "label",

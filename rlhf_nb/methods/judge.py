@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rlhf_nb.data.conversions import about_completions
 from rlhf_nb.errors import ComputeError, SpecError
 from rlhf_nb.feedback.constitution import Constitution, Principle, draw
 from rlhf_nb.methods.base import LiveCoefficient, Method, Trainer
@@ -31,17 +32,8 @@ if TYPE_CHECKING:
 FLIPS_SAID = 1 / 3
 """Share of pairs that flip with the order above which the run says so: there the place decides more than the text."""
 UNANSWERED_SAID = 0.1
-_PARALLEL = (
-    "completions",
-    "ranks",
-    "scores",
-    "completion_lengths",
-    "completion_ended",
-    "chosen",
-    "rejected",
-    "details",
-)
-"""Columns about the candidates, which a judged pair does not keep."""
+SILENT = 8
+"""Questions without an answer, one after the other, that mean that the judge is gone."""
 
 
 class JudgePairs(Method):
@@ -142,7 +134,8 @@ def judged(
     from rlhf_nb.training.row_job import Made
 
     outcomes = compare_both(judge, [comparison for _, comparison, _ in asked])
-    require_answers(judge, [each.failure for each in outcomes], [each.orders[0].detail for each in outcomes])
+    orders = [order for each in outcomes for order in each.orders]
+    require_answers(judge, [each.failure for each in orders], [each.detail for each in orders])
     rows, dropped = [], {"tied": 0, "flipped with the order": 0, "unsure": 0, "unanswered": 0}
     for (row, comparison, better), outcome in zip(asked, outcomes, strict=True):
         sure = outcome.a_probability
@@ -161,10 +154,20 @@ def judged(
 def require_answers(judge: Judge, failures: Sequence[str], details: Sequence[str]) -> None:
     """End the run where nothing came back at all: what was answered before is kept, and resuming asks the rest.
 
+    A few questions without an answer, after others had theirs, are left out and counted: they may be the ones that the
+    judge never answers, and would end every attempt anew.
+
+    Args:
+        failures: Of every question of a chunk, each order for itself.
+
     Raises:
-        ComputeError: Every question ran into the time limit, or into the server's errors.
+        ComputeError: Every question ran into the time limit, or into the server's errors, and either so did the last
+            `SILENT` of them or nothing was ever answered.
     """
-    if failures and all(failure in ("timeout", "error") for failure in failures):
+    from rlhf_nb.feedback.judge import Journaled
+
+    few = isinstance(judge, Journaled) and judge.silent < SILENT and judge.heard
+    if failures and not few and all(failure in ("timeout", "error") for failure in failures):
         said = next((detail for detail in details if detail), failures[0])
         raise ComputeError(
             f"judge {judge.name}: none of {len(failures)} questions was answered ({said}); see that it runs, and resume"
@@ -180,7 +183,7 @@ def _pair(
     constitution: Constitution | None,
 ) -> Row:
     won = outcome.choice == "a"
-    made: Row = {name: value for name, value in row.items() if name not in _PARALLEL}
+    made: Row = {name: value for name, value in row.items() if not about_completions(name)}
     made |= {
         "chosen": comparison.first if won else comparison.second,
         "rejected": comparison.second if won else comparison.first,

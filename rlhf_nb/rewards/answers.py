@@ -11,6 +11,7 @@ from rlhf_nb.errors import RewardError
 from rlhf_nb.rewards.math_checker import checker
 from rlhf_nb.rewards.text import last_number
 
+_BOXED = re.compile(r"\\boxed\s*\{")
 _HASHES = re.compile(r"####[ \t$]*(-?[\d.,]*\d)[ \t%.]*$", re.MULTILINE)
 
 
@@ -34,6 +35,9 @@ def math_answer(
 
 
 def _final(text: str) -> str:
+    # Of several boxed ones math-verify takes the last; a heading with a number is no answer beside one.
+    if _BOXED.search(text):
+        return text
     found = _HASHES.findall(text)
     return f"\\boxed{{{found[-1].replace(',', '')}}}" if found else text
 

@@ -18,7 +18,7 @@ LABELS = "-labels"
 
 
 def import_data(
-    workspace: Workspace, source: str | Path, *, name: str, kind: str | None = None, split: str = "train"
+    workspace: Workspace, source: str | Path, *, name: str, kind: str | None = None, split: str | None = None
 ) -> Dataset:
     """Read, keep and return; see `Workspace.import_data`."""
     from rlhf_nb.data.dataset import Dataset

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_nb import registry
 from rlhf_nb.errors import NotFoundError, SpecError, UnavailableError, did_you_mean
+from rlhf_nb.feedback.constitution import Constitution
 from rlhf_nb.methods.base import Method
 from rlhf_nb.protocol.events import TERMINAL
 from rlhf_nb.protocol.spec import (
@@ -37,7 +38,7 @@ from rlhf_nb.protocol.spec import (
     RunSpec,
 )
 from rlhf_nb.stages.import_data import LABELS
-from rlhf_nb.stages.judge import resolve_judge
+from rlhf_nb.stages.judge import resolve_judge, resolve_principles
 from rlhf_nb.stages.resolve import resolve_data, resolve_model, resolve_reward
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ class Plan(Frozen):
     reward: RewardRef | None = None
     judge: JudgeRef | None = None
     """Neither: people label."""
-    constitution: str | None = None
-    principle: str = ""
+    constitution: Constitution | None = None
+    """As it was read at the start, with the principles that count: its file may change, and the rounds stay alike."""
     adapter: LoRA | None = None
     launch: str | None = None
 
@@ -103,7 +104,7 @@ def iterate(
     rounds: int = 3,
     reward: Any = None,
     judge: Any = None,
-    constitution: str | None = None,
+    constitution: Any = None,
     principle: str = "",
     n: int | None = None,
     prompts_per_round: int | None = None,
@@ -124,12 +125,13 @@ def iterate(
             raise SpecError(f"iterate: {knob} is not yours to set: a round keeps the best and the worst of each prompt")
     if reward is not None and judge is not None:
         raise SpecError("iterate: reward and judge both order the completions; give one of them")
-    if judge is None and (constitution or principle):
+    if judge is None and (constitution is not None or principle):
         raise SpecError("iterate: a constitution or a principle is a judge's; give --judge")
     sampling = {"n": n or (4 if reward is not None else 2), **sampling}
     checked = registry.methods.get("generate").create(**sampling)
     if checked.n < 2:
         raise SpecError(f"iterate: n={checked.n} completions of a prompt make no pair; give 2 or more")
+    who = resolve_judge(workspace, judge, verb="iterate") if judge is not None else None
     data = resolve_data(workspace, prompts, verb="iterate", rows="prompts")
     plan = Plan(
         name=name,
@@ -139,9 +141,8 @@ def iterate(
         policy=resolve_model(workspace, policy, verb="iterate", role="policy"),
         prompts=_shares(workspace, data, rounds, prompts_per_round, seed=checked.seed),
         reward=resolve_reward(workspace, reward, verb="iterate") if reward is not None else None,
-        judge=resolve_judge(workspace, judge, verb="iterate") if judge is not None else None,
-        constitution=constitution,
-        principle=principle,
+        judge=who,
+        constitution=resolve_principles(who, constitution, principle) if who is not None else None,
         adapter=adapter,
         launch=launch,
     )
@@ -287,7 +288,8 @@ class Iteration:
             for run, doing in ((each.rows, "sampling"), *judged, (each.policy, "training")):
                 if run is None:
                     return "labelling" if self._open_labels(each) else doing
-                if run.state in ("failed", "stopped") and not (run.state == "stopped" and run.fold.model is not None):
+                kept = run.state == "stopped" and (run.fold.model is not None or run.fold.data is not None)
+                if run.state in ("failed", "stopped") and not kept:
                     return run.state
                 if run.state not in TERMINAL:
                     return doing
@@ -308,7 +310,6 @@ class Iteration:
                         rows,
                         judge=plan.judge,
                         constitution=plan.constitution,
-                        principle=plan.principle,
                         launch=plan.launch,
                         title=plan.title(each.number, LABELLED),
                     )

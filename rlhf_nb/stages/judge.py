@@ -12,7 +12,7 @@ from rlhf_nb.errors import NotFoundError, SpecError, did_you_mean
 from rlhf_nb.feedback import constitution as constitutions
 from rlhf_nb.feedback.constitution import Constitution, Principle
 from rlhf_nb.feedback.endpoint import checked
-from rlhf_nb.protocol.spec import Endpoint, JudgeRef, ModelJudge, NamedJudge
+from rlhf_nb.protocol.spec import Endpoint, JudgeRef, ModelJudge, NamedJudge, judge_ref
 from rlhf_nb.stages.generate import make_rows
 from rlhf_nb.stages.resolve import NAMED_MODELS, resolve_model
 
@@ -36,8 +36,7 @@ def judge(
 ) -> Run:
     """Start the job; see `Workspace.judge`."""
     who = resolve_judge(workspace, judge, verb="judge")
-    by = _principles(who, constitution, principle)
-    _known_to(who, by.saying("preference") if by else ())
+    by = resolve_principles(who, constitution, principle)
     method = registry.methods.get("judge").create(constitution=by, **settings)
     run = make_rows(workspace, method, model=None, data=data, judge=who, launch=launch, title=title)
     return _traced(workspace, run, by)
@@ -111,6 +110,18 @@ def _with_knobs(text: str, verb: str) -> tuple[str, dict[str, float]]:
     return found[1], config
 
 
+def resolve_principles(who: JudgeRef, source: Any, principle: str) -> Constitution | None:
+    """What a judge compares by: a constitution, the one principle of it that is named, or the words themselves.
+
+    Raises:
+        NotFoundError: No such constitution or principle.
+        SpecError: It says nothing of preferences, or the judge does not know its principles.
+    """
+    by = _principles(who, source, principle)
+    _known_to(who, by.saying("preference") if by else ())
+    return by
+
+
 def _principles(who: JudgeRef, source: Any, principle: str) -> Constitution | None:
     if source is None and isinstance(who, NamedJudge) and principle:
         # It knows principles by name, not by what they say.
@@ -153,6 +164,8 @@ def reward_options(workspace: Workspace, config: Mapping[str, Any]) -> dict[str,
     """
     given = dict(config)
     if "judge" in given:
+        if isinstance(given["judge"], dict) and isinstance(there := judge_ref(given["judge"]), Endpoint):
+            checked(there)
         return given
     model, url, token_env = (given.pop(name, "") for name in ("model", "url", "token_env"))
     if not model:

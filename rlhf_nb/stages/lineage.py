@@ -27,6 +27,7 @@ from rlhf_nb.protocol.spec import (
     RunSpec,
     data_parts,
     describe,
+    judge_ref,
     reward_parts,
 )
 from rlhf_nb.stages.import_data import LABELS
@@ -183,7 +184,7 @@ class _Reader:
         named = {node.name for node in parents}
         later = [edge.parent for edge in store.lineage(run_id) if edge.child == run_id and edge.relation == "model"]
         parents += [self.run(name, "reward, put in while it trained") for name in later if name not in named]
-        what = f"{spec.method}{_settings(spec)} · {self.workspace.store_state(run_id)}"
+        what = f"{spec.method}{_settings(spec, self.public)} · {self.workspace.store_state(run_id)}"
         if spec.who and not self.public:
             what += f" · {spec.who}"
         return Node(run_id, "run", "", what, content_hash, tuple(parents))
@@ -224,6 +225,9 @@ class _Reader:
             case ModelReward(model=model):
                 return self.model(model, relation)
             case NamedReward(name=name, config=config):
+                if isinstance(config.get("judge"), dict):
+                    # By its name alone: its reference holds a directory, or an address and where its token is.
+                    config = {**config, "judge": describe(judge_ref(config["judge"]))}
                 options = ", ".join(f"{option}={value!r}" for option, value in config.items())
                 return Node(name, "reward", relation, f"registered{f' ({options})' if options else ''}")
             case FunctionReward(name=name, source=source):
@@ -290,7 +294,11 @@ class _Reader:
         return Node(queue, "labels", "labelled in", what, "", tuple(parents), lambda: store.labels(queue))
 
 
-def _settings(spec: RunSpec) -> str:
+_PRIVATE = ("annotator_weights", "vllm_url")
+"""Knobs that name people, or a machine."""
+
+
+def _settings(spec: RunSpec, public: bool) -> str:
     """What differs from the method's defaults."""
     if spec.method not in registry.methods:
         return ""
@@ -298,7 +306,7 @@ def _settings(spec: RunSpec) -> str:
     told = [
         f"{knob}={_short(value)}"
         for knob, value in spec.config.items()
-        if knob in fields and fields[knob].default != value
+        if knob in fields and fields[knob].default != value and not (public and knob in _PRIVATE)
     ]
     told += [f"adapter r={spec.adapter.r}"] if spec.adapter is not None else []
     return f" ({', '.join(told)})" if told else ""

@@ -86,10 +86,9 @@ def resolve_model(workspace: Workspace, value: Any, *, verb: str, role: str) -> 
         if not registry.methods.get(workspace.spec(value).method).trains:
             raise SpecError(f"{verb}: {role} {value} trains nothing and saves no model; %rlhf models lists models")
         return RunModel(run_id=value)
-    directory = Path(value).expanduser()
-    if (directory / "config.json").exists() or (directory / "adapter_config.json").exists():
-        return PathModel(path=str(directory.resolve()))
-    if directory.is_dir():
+    if _there(value, "config.json") or _there(value, "adapter_config.json"):
+        return PathModel(path=str(Path(value).expanduser().resolve()))
+    if (found := _there(value)) and found.is_dir():
         raise SpecError(f'{verb}: {role} "{value}" is a directory without config.json; save a model there first')
     # A hub id is owner/name; anything with more slashes or a leading dot was meant as a path.
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?", value):
@@ -98,6 +97,16 @@ def resolve_model(workspace: Workspace, value: Any, *, verb: str, role: str) -> 
     known = [*NAMED_MODELS, *workspace.run_ids()]
     hint = did_you_mean(value, known)
     raise NotFoundError(f'{verb}: {role} "{value}" does not exist in this workspace{hint}  %rlhf models lists them.')
+
+
+def _there(text: str, *below: str) -> Path | None:
+    """What a text names on this machine, if anything. What no file can be called names nothing."""
+    # A text with options, or somebody's words, may be longer than a path can be, or begin with ~ and no user.
+    try:
+        path = Path(text, *below).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def resolve_data(workspace: Workspace, value: Any, *, verb: str, rows: str, also: tuple[str, ...] = ()) -> DataRef:
@@ -254,7 +263,7 @@ def _several(value: Any) -> list[tuple[Any, Any]] | None:
         return list(value.items())
     if isinstance(value, list | tuple):
         return [(one, 1.0) for one in value]
-    if isinstance(value, str) and ("," in value or "=" in value) and not Path(value).expanduser().exists():
+    if isinstance(value, str) and ("," in value or "=" in value) and not _there(value):
         parts = _written(value)
         return None if len(parts) == 1 and parts[0][1] == "" else [(name, weight or 1.0) for name, weight in parts]
     return None
@@ -417,7 +426,7 @@ def reward_from_source(source: str, name: str) -> FunctionReward:
         )
     if function.args.kwarg is None and len(parameters) == 2:
         raise SpecError(f"reward {name}: {function.name} must end with **columns, the other columns of the rows")
-    missing = _free_names(tree, source, name)
+    missing = _free_names(source, name)
     if missing:
         raise SpecError(
             f"reward {name}: {', '.join(sorted(missing))} is defined outside the function; import or define it inside"
@@ -425,17 +434,8 @@ def reward_from_source(source: str, name: str) -> FunctionReward:
     return FunctionReward(name=name, source=source)
 
 
-def _free_names(tree: ast.Module, source: str, name: str) -> set[str]:
-    """Globals the code reads that neither it nor Python defines."""
-    defined = set(dir(builtins)) | {"__name__", "__file__"}
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            defined.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            defined.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            defined.update(n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+def _free_names(source: str, name: str) -> set[str]:
+    """Globals the functions of a source read that neither it nor Python defines."""
     import symtable
 
     def free(table: symtable.SymbolTable) -> set[str]:
@@ -445,6 +445,9 @@ def _free_names(tree: ast.Module, source: str, name: str) -> set[str]:
         return found
 
     module = symtable.symtable(source, name, "exec")
+    # Wherever it stands there: in a try, under an if, as the target of a loop.
+    defined = {s.get_name() for s in module.get_symbols() if s.is_assigned() or s.is_imported()}
+    defined |= set(dir(builtins)) | {"__name__", "__file__"}
     return {n for child in module.get_children() for n in free(child)} - defined
 
 

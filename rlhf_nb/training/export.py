@@ -50,8 +50,10 @@ def write(source: Source, target: Path, *, form: str, base: str = "", card: str 
         base: For an adapter, the name under which its base is found; empty keeps the one it has.
 
     Raises:
-        SpecError: Something is there already, or an adapter is wanted of a model that has none.
+        SpecError: Something is there already, an adapter is wanted of a model that has none, or the model is an
+            ensemble: its weights lie in a directory each, and no other program puts them together.
     """
+    models.refuse_ensemble(str(source.whole))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SpecError(f"export: {target} holds something already; give another directory")
     if form != "merged" and source.adapter is None:

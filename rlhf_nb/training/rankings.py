@@ -84,8 +84,8 @@ def prepare(
     """Rows of kind `pairs` or `rankings` as tokens, with what was left out and why.
 
     A pair is a ranking of two. Completions that do not fit in `max_length` leave their ranking, and so do later copies
-    of a completion with the same rank; a prompt that is left without a strict comparison, or whose weight is 0, is
-    dropped.
+    of a completion with the same rank, which would count its comparisons twice; a prompt that is left without a strict
+    comparison, or whose weight is 0, is dropped.
 
     Raises:
         DataError: A weight or margin that is no number, with its row.
@@ -107,6 +107,10 @@ def prepare(
         fits = [place for place, tokens in enumerate(ids) if len(tokens) <= max_length]
         if long := len(ids) - len(fits):
             dropped["completions that do not fit"] += long
+        once = {(texts[place].strip(), ranks[place]): place for place in reversed(fits)}
+        if repeated := len(fits) - len(once):
+            dropped["repeated completions"] += repeated
+        fits = sorted(once.values())
         compared = [
             (better, worse, share)
             for better, worse, share in comparisons([ranks[place] for place in fits], ties)

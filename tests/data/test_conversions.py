@@ -129,6 +129,40 @@ def test_prompts_keep_what_a_verifier_reads_and_no_completion():
     assert convert(pairs, "pairs", "prompts")[0] == [{"prompt": "p", "tests": ["assert True"]}]
 
 
+OF_THE_COMPARISON = {
+    "margin": 3,
+    "weight": 2,
+    "annotator": "anna",
+    "preference": 0.9,
+    "judge": "m",
+    "principle": "kind",
+}
+OF_THE_SIDES = {"chosen_score": 9, "rejected_score": 1, "score": 9, "scores": [9, 1], "golds": [9, 1], "draft": "d"}
+SAID = {
+    **OF_THE_COMPARISON,
+    **OF_THE_SIDES,
+    "agrees": True,
+    "judge_prompt": "0a",
+    "constitution": "0b",
+    "critiques": [],
+}
+
+
+@pytest.mark.parametrize("kind", ["pairs", "demonstrations", "rankings", "thumbs"])
+def test_what_was_said_of_completions_does_not_outlive_them(kind):
+    sides = {"chosen": "c", "rejected": "r", "completion": "c", "label": True, "completions": ["c"], "ranks": [0]}
+    prompts, _ = convert([{"prompt": "p", **sides, **SAID, "answer": "7", "tree": 4}], kind, "prompts")
+    assert prompts == [{"prompt": "p", "answer": "7", "tree": 4}]
+
+
+def test_margin_weight_and_annotator_stay_with_a_comparison_and_scores_of_its_sides_do_not():
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r", **OF_THE_COMPARISON, **OF_THE_SIDES}
+    ranked, _ = convert([pair], "pairs", "rankings")
+    assert ranked == [{"prompt": "p", "completions": ["c", "r"], "ranks": [0, 1], **OF_THE_COMPARISON}]
+    back, _ = convert(ranked, "rankings", "pairs")
+    assert back == [{"prompt": "p", "chosen": "c", "rejected": "r", **OF_THE_COMPARISON}]
+
+
 def test_the_same_kind_is_left_as_it_is():
     rows = [{"prompt": "p"}]
     assert convert(rows, "prompts", "prompts") == (rows, {})

@@ -304,6 +304,33 @@ def test_rows_in_memory_lose_nan_and_numpy_types():
     assert read_rows(frame).source == "rows in memory"
 
 
+def judged(*verdicts):
+    sides = {"prompt": "hi", "completion_a": "good", "completion_b": "bad"}
+    return [{**sides, "preference": verdict} for verdict in verdicts]
+
+
+def test_a_verdict_may_be_a_number_read_with_a_gap_in_its_column():
+    found = read_rows(judged(1.0, 2.0, "2", 0.0, None))
+    assert [row["chosen"] for row in found.rows] == ["good", "bad", "bad"]
+    assert found.dropped == {"a tie": 1, "preference is neither side": 1}
+
+
+@pytest.mark.parametrize("verdicts", [(0, 1, 1), ("0", "1.0"), (0.0, 1.0, None), (0,), (-1, 0, 1), (0, 1, "tie")])
+def test_sides_counted_from_zero_are_refused_and_never_reversed(verdicts):
+    with pytest.raises(DataError, match=r"preference holds 0.* and never 2.*write a or b there") as refused:
+        read_rows(judged(*verdicts))
+    assert "\n" not in str(refused.value)
+    labels = [{"input": "hi", "output_1": "a", "output_2": "b", "label": verdict} for verdict in verdicts]
+    with pytest.raises(DataError, match="label holds 0"):
+        read_rows(labels)
+
+
+@pytest.mark.parametrize("verdicts", [(0, 1, 2), (0, "a"), (1, 1)])
+def test_a_zero_is_a_tie_where_another_verdict_says_how_they_count(verdicts):
+    found = read_rows(judged(*verdicts))
+    assert found.rows[0]["chosen"] == "good" and "preference is neither side" not in found.dropped
+
+
 def test_a_saved_datasets_folder_is_read_and_asks_for_a_split(tmp_path):
     import datasets
 

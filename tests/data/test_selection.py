@@ -50,6 +50,13 @@ def test_the_best_keeps_the_prompts_columns_and_drops_those_of_other_completions
     assert dropped == {}
 
 
+def test_what_was_said_of_other_completions_is_no_part_of_those_kept():
+    said = {"margin": 3, "weight": 2.0, "annotator": "anna", "chosen_score": 9, "rejected_score": 1, "golds": [1, 2]}
+    made, _ = select([row(0.0, 3.0, **said, agrees=True, preference=0.9, judge="m", answer="7")], "best_and_worst")
+    sides = {"chosen": "p says 1", "rejected": "p says 0", "chosen_score": 3.0, "rejected_score": 0.0}
+    assert made == [{"prompt": "p", "answer": "7", **sides}]
+
+
 def test_the_ends_make_a_pair_and_prompts_without_two_ends_are_counted():
     rows = [row(1.0, 3.0, 2.0), row(2.0, 2.0, prompt="q"), row(5.0, prompt="one")]
     made, dropped = select(rows, "best_and_worst")
@@ -89,6 +96,13 @@ def test_the_top_fraction_is_taken_over_all_prompts_and_rounded_up():
     assert made[-1]["completion"] == "q says 0"
     assert dropped == {"completions below the top 0.5": 2}
     assert len(select(rows, "top_fraction", fraction=1.0)[0]) == 5
+    assert len(select(rows, "top_fraction", fraction=1e-12)[0]) == 1
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(0.07, 7), (0.29, 29), (0.071, 8), (0.55, 55)])
+def test_a_whole_number_of_completions_is_not_rounded_up(fraction, kept):
+    rows = [row(float(number), prompt=str(number)) for number in range(100)]
+    assert len(select(rows, "top_fraction", fraction=fraction)[0]) == kept
 
 
 def test_completions_without_scores_are_refused_and_so_is_a_threshold_left_out():

@@ -88,6 +88,7 @@ def test_a_token_that_is_not_there_is_named_by_its_variable(chat_server, monkeyp
         ({"url": "http://[judge"}, "no URL"),
         ({"url": "http://judge.example.com/v1", "token_env": "KEY"}, "over http the token could be read"),
         ({"url": "https://judge/v1", "token_env": "sk-hunter2"}, "the NAME of an environment variable"),
+        ({"url": "https://judge/v1", "token_env": "hf_hunter2AbC"}, "in capitals such as JUDGE_TOKEN, not the token"),
     ],
 )
 def test_an_address_that_would_give_something_away_is_refused_without_repeating_it(settings, said):

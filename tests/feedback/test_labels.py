@@ -51,6 +51,14 @@ def test_every_label_names_its_principle_judge_and_prompt_and_is_what_the_princi
     assert result.interval[0] < result.value < result.interval[1]
 
 
+def test_a_judged_pair_keeps_nothing_that_somebody_else_said_of_its_completions(job):
+    before = {"margin": 3.0, "weight": 2.0, "annotator": "anna", "chosen_score": 9.0, "rejected_score": 1.0}
+    rows = [{**row, **before, "golds": [1.0], "answer": "7"} for row in ROWS[:10]]
+    made = rows_of(job("judge", rows, judge=FAIR, policy=None, config={"constitution": TOWN}))
+    own = {"principle", "judge", "judge_prompt", "constitution", "preference", "agrees"}
+    assert made and all(row.keys() == {"prompt", "chosen", "rejected", "answer"} | own for row in made)
+
+
 def test_each_principle_judges_every_pair_on_request(job):
     place = job("judge", ROWS[:10], judge=FAIR, policy=None, config={"constitution": TOWN, "principles": "each"})
     assert event(place, "data_saved").counts["pairs"] == 40
@@ -133,11 +141,49 @@ def test_a_judge_that_never_answers_ends_the_run_in_one_line_and_resuming_asks_a
     chat_server.answer = lambda body: (503, {})
     judge = chat_server.endpoint(retries=0)
     place = job.prepare("judge", ROWS[:4], judge=judge, policy=None)
-    with pytest.raises(ComputeError, match=r"judge planted at .*: none of 4 questions was answered \(answered 503\)"):
+    with pytest.raises(ComputeError, match=r"judge planted at .*: none of 8 questions was answered \(answered 503\)"):
         job.run(place)
     chat_server.answer = lambda body: "A" if read_shown(body)[1] < read_shown(body)[2] else "B"
     job.run(place, attempt=2)
     assert len(rows_of(place)) == 4
+
+
+def test_half_of_an_answer_is_an_answer_and_the_run_goes_on(job, chat_server, read_shown):
+    chat_server.answer = lambda body: "A" if read_shown(body)[1] == ROWS[0]["chosen"] else (503, {})
+    judge = chat_server.endpoint(retries=0)
+    with pytest.raises(DataError, match=r"no row is left of 1 \(1 unanswered\)"):
+        job("judge", ROWS[:1], judge=judge, policy=None)
+
+
+@pytest.mark.parametrize("batch_size", [3, 1])
+def test_a_pair_that_always_errs_is_left_out_alone_and_a_judge_that_is_gone_ends_the_run(
+    job, chat_server, read_shown, batch_size
+):
+    def answer(body):
+        prompt, a, b = read_shown(body)
+        return (503, {}) if prompt == ROWS[3]["prompt"] or gone else "A" if a < b else "B"
+
+    chat_server.answer, gone = answer, False
+    settings = {"judge": chat_server.endpoint(retries=0), "policy": None, "config": {"batch_size": batch_size}}
+    place = job("judge", ROWS[:4], **settings)
+    assert (len(rows_of(place)), event(place, "data_saved").dropped) == (3, {"unanswered": 1})
+    make, made = PairJudge.make, []
+
+    def leaves(self, start, rows):
+        nonlocal gone
+        made.append(start)
+        gone = start >= 12
+        return make(self, start, rows)
+
+    place = job.prepare("judge", ROWS[:30], name="gone", **settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ComputeError, match="was answered"):
+        patch.setattr(PairJudge, "make", leaves)
+        job.run(place)
+    # 8 questions are 4 pairs.
+    assert made[-1] == 15
+    gone = False
+    job.run(place, attempt=2)
+    assert event(place, "data_saved").dropped["unanswered"] == 4
 
 
 def test_a_token_that_is_not_set_where_the_job_runs_ends_it_before_a_question(job, chat_server, monkeypatch):

@@ -38,7 +38,8 @@ def typed(ws, line: str):
         (f"{JUDGE} toy-annotator(0.1)", SpecError, "knobs are written as in Python"),
         (f"{JUDGE} http://localhost:8000/v1", SpecError, "an address needs the model's name there"),
         (f"{JUDGE} m --url http://u:hunter2@host/v1", SpecError, "holds no user, password or query"),
-        (f"{JUDGE} m --token-env KEY", SpecError, "it goes with --url"),
+        (f"{JUDGE} m --token-env hf_hunter2", SpecError, "it goes with --url"),
+        (f"{JUDGE} m --url https://judge/v1 --token-env hf_hunter2", SpecError, "in capitals"),
         (f"{JUDGE} toy-annotator --constitution toy-twon", NotFoundError, 'did you mean "toy-town"'),
         (f"{JUDGE} toy-annotator --principle honesty", NotFoundError, 'no principle "honesty"; did you mean "honest"'),
         (f"{JUDGE} toy-annotator --set ask=aloud", SpecError, "ask='aloud'"),
@@ -99,12 +100,15 @@ def test_a_run_whose_reward_is_another_runs_judgement_waits_for_it(ws):
         ({"model": "toy-annotator", "token_env": "KEY"}, "go with url="),
         ({"model": "toy-annotator", "principle": "kind"}, '"kind" is none of them'),
         ({"model": "m", "url": "https://judge?key=hunter2"}, "holds no user, password or query"),
+        ({"model": "m", "url": "https://judge/v1", "token_env": "hf_hunter2"}, "in capitals"),
+        ({"judge": Endpoint(url="https://j/v1", model="m", token_env="hf_hunter2").model_dump()}, "in capitals"),
         ({"model": "toy-annotator", "ask": "aloud"}, "letter or reasons"),
     ],
 )
 def test_a_reward_whose_judge_cannot_be_asked_is_refused(ws, config, said):
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SpecError, match=said) as refused:
         reward_options(ws, config)
+    assert "hunter2" not in str(refused.value)
 
 
 @pytest.mark.slow

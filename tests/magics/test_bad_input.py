@@ -44,6 +44,19 @@ def test_one_row_is_imported_and_its_split_is_refused_in_words(shell, tmp_path):
     assert "1" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_saved_data_set_needs_no_split_said_and_of_several_gives_train(shell, tmp_path):
+    import datasets
+
+    one, other = datasets.Dataset.from_list([PAIR]), datasets.Dataset.from_list([PAIR, {**PAIR, "prompt": "who?"}])
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": one, "train": other}).save_to_disk(tmp_path / "two")
+    assert len(shell.run("%rlhf import one --as one")) == 1
+    assert len(shell.run("%rlhf import two --as two")) == 2
+    assert len(shell.run("%rlhf import two --as test --split test")) == 1
+    ws = workspace.current()
+    assert ws.import_data(tmp_path / "one", name="in-python").rows == [PAIR]
+
+
 def test_a_second_attach_is_refused_the_first_stays_and_replace_replaces_it(shell):
     shell.run("%rlhf attach local --no-standby")
     ws = workspace.current()

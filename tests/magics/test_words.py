@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+import rlhf_nb as rl
 from rlhf_nb import workspace
 from rlhf_nb.errors import AttachError, DataError, NotFoundError, RlhfError, SpecError
+from rlhf_nb.protocol.events import Coefficient, Started
 
 
 def test_a_bare_magic_says_what_is_attached_and_which_workspace(shell):
@@ -82,6 +85,11 @@ def test_a_misspelt_verb_suggests_the_nearest(shell):
         ("%rlhf label nothing", NotFoundError, 'data "nothing" does not exist'),
         ("%%rlhf sft\nmax_steps = = 3", SpecError, "not TOML"),
         ("%%rlhf sft\nbase = 'toy'\ndata = 'toy-demonstrations'\nmax_step = 3", SpecError, 'did you mean "max_steps"'),
+        ("%%rlhf sft\nbase = 'toy'\ndata = 'a'\nprompts = 'b'", SpecError, "data and prompts name the same rows"),
+        ("%%rlhf sft\nadapter = 'none'", SpecError, "adapter='none' is no adapter; write \"lora\", false, or"),
+        ("%%rlhf sft\nadapter = 8", SpecError, "adapter=8 is no adapter"),
+        ("%%rlhf sft\n[adapter]\nrank = 8", SpecError, '"rank" is no knob of an adapter.*known: r, alpha'),
+        ("%%rlhf sft\n[adapter]\nr = 0", SpecError, "adapter.r=0: should be greater than 0"),
         ("%%rlhf watch\nx", SpecError, "takes no cell"),
         ("%rlhf reward-function brief", SpecError, "is a cell magic"),
         ("%%rlhf reward-function brief\n1 +", SpecError, "line 1"),
@@ -97,6 +105,44 @@ def test_a_bad_line_is_one_line_with_the_value_and_the_way_out(shell, line, erro
     with pytest.raises(error, match=says) as caught:
         shell.run(line)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def submitting(shell):
+    """What stands for the compute takes every spec and control; nothing is trained."""
+    ws = workspace.current()
+    ws._client = Mock(alive=True)
+    yield ws
+    ws._client = None
+
+
+@pytest.mark.parametrize(
+    ("line", "cell", "rank"),
+    [
+        ("", "", None),
+        ("", "adapter = false", None),
+        ("", "adapter = true", 16),
+        ("", 'adapter = "lora"', 16),
+        ("--adapter lora", "adapter = false", 16),
+        ("--adapter lora", "[adapter]\nr = 8", 8),
+        ("", "[adapter]\nr = 8", 8),
+    ],
+)
+def test_an_adapter_in_a_cell_is_trained_as_it_is_written(shell, submitting, monkeypatch, line, cell, rank):
+    monkeypatch.setattr("rlhf_nb.magics.magic._show", lambda run: run)
+    run = shell.run(f"%%rlhf sft {line}\nbase = 'toy'\ndata = 'toy-demonstrations'\n{cell}")
+    assert (run.spec.adapter and run.spec.adapter.r) == rank
+
+
+@pytest.mark.parametrize(("second", "says"), [("beta=x", "beta='x' is no number"), ("betta=1", '"betta" is not live')])
+def test_of_a_line_that_is_refused_nothing_is_set(shell, submitting, second, says):
+    submitting.train(rl.DPO(), base="toy", data="toy-pairs")
+    live = Coefficient(name="learning_rate", low=0, high=1, value=1e-4)
+    started = Started(seq=1, world_size=1, coefficients=[live, live.model_copy(update={"name": "beta"})])
+    submitting._client.events.side_effect = lambda run_id, since: [started] if since < 1 else []
+    with pytest.raises(SpecError, match=says):
+        shell.run(f"%rlhf set dpo-1 learning_rate=0.5 {second}")
+    submitting._client.control.assert_not_called()
 
 
 def test_the_cell_shows_one_line_and_no_traceback(shell, capsys):

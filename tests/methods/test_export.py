@@ -19,7 +19,7 @@ from rlhf_nb.methods.export import Export
 from rlhf_nb.protocol.spec import HubModel, LoRA, PathModel, RunModel, RunSpec
 from rlhf_nb.stages.export import card
 from rlhf_nb.stages.lineage import Node
-from rlhf_nb.toy import demonstrations
+from rlhf_nb.toy import demonstrations, pairs
 
 CONFIG = {"max_steps": 1, "batch_size": 2, "sample_every": 0, "learning_rate": 1e-2, "max_length": 200}
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -88,6 +88,14 @@ def test_what_is_there_already_stays_and_a_model_without_an_adapter_has_none(job
     with pytest.raises(SpecError, match=r"export: tiny was trained in all its weights and has no adapter"):
         export(job, PathModel(path=str(job.model)), name="export-2", directory=str(tmp_path / "b"), form="adapter")
     assert not (tmp_path / "b").exists()
+
+
+def test_an_ensemble_is_refused_before_anything_is_written(job, tmp_path):
+    config = {"max_steps": 1, "batch_size": 2, "max_length": 200, "members": 2}
+    job("reward", pairs(4), name="rm", config=config)
+    with pytest.raises(SpecError, match="is an ensemble of 2 reward models, which only scores"):
+        export(job, RunModel(run_id="rm"), directory=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_push_that_failed_is_taken_up_again_where_it_stopped(job, lora, tmp_path, monkeypatch):

@@ -214,6 +214,23 @@ def test_prompts_without_a_strict_comparison_and_what_is_too_long_are_dropped_an
         still("reward", rows[:1], name="none", config=CONFIG, kind="rankings")
 
 
+def test_a_copy_with_the_same_rank_leaves_its_ranking_and_with_another_rank_stays(tiny_model):
+    from rlhf_nb.training.rankings import prepare
+
+    tokenizer = load_tokenizer(str(tiny_model))
+    ranked = {"prompt": "p", "completions": ["A", "A ", "B", "A"], "ranks": [0, 0, 1, 2]}
+    ((item,), dropped) = prepare([ranked], "rankings", tokenizer, max_length=300)
+    assert dropped == {"repeated completions": 1}
+    assert [len(item.ids), item.ranks, item.comparisons] == [3, [0.0, 1.0, 2.0], [(0, 1, 1.0), (1, 2, 1.0)]]
+    ((twice,), _) = prepare(
+        [{**ranked, "completions": ["A", "A", "B"], "ranks": [0, 0, 1]}], "rankings", tokenizer, max_length=300
+    )
+    ((single,), _) = prepare(
+        [{**ranked, "completions": ["A", "B"], "ranks": [0, 1]}], "rankings", tokenizer, max_length=300
+    )
+    assert twice == single
+
+
 def test_oasst_rankings_are_imported_and_fitted_better_than_chance(still, shared_data, trace):
     found = read_rows(shared_data / "prefs/oasst_rankings_trees0_59.jsonl.gz")
     assert (found.kind, len(found.rows)) == ("rankings", 122)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 
 import rlhf_nb as rl
-from rlhf_nb.errors import NotFoundError, RunFailedError, SpecError, UnavailableError
+from rlhf_nb.errors import NotFoundError, RlhfError, RunFailedError, SpecError, UnavailableError
+from rlhf_nb.feedback.constitution import load
 from rlhf_nb.labelling.items import pair_items
 from rlhf_nb.protocol.spec import RunModel
-from rlhf_nb.stages.iterate import take_turns
+from rlhf_nb.stages.iterate import Round, take_turns
 
 PROMPTS = [{"prompt": f"Where is house {i}?"} for i in range(6)]
 DPO = rl.DPO(max_steps=2, batch_size=2, learning_rate=1e-3, sample_every=0, max_length=100)
@@ -117,6 +121,60 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(tmp_path, method
             ws.iterate(method, **{"policy": "toy", "prompts": "toy-prompts", **settings})
         with pytest.raises(NotFoundError, match=r'iteration "climb" does not exist.*known: none'):
             ws.iteration("climb")
+
+
+@pytest.fixture
+def ws(tmp_path):
+    with rl.Workspace(tmp_path / "w") as workspace:
+        # What stands for the compute takes every spec; nothing is trained.
+        workspace._client = Mock(alive=True)
+        yield workspace
+        workspace._client = None
+
+
+ASKED = {"policy": "toy", "prompts": "toy-prompts", "rounds": 2, "judge": "toy-annotator", "name": "climb"}
+
+
+@pytest.mark.parametrize(
+    ("by", "error", "says"),
+    [
+        ({"constitution": "toy-twon"}, NotFoundError, 'did you mean "toy-town"'),
+        ({"principle": "honesty"}, NotFoundError, 'no principle "honesty"; did you mean "honest"'),
+        ({"constitution": {"principles": [{"name": "new", "preference": "Which?"}]}}, RlhfError, "new"),
+        ({"constitution": {"principles": [{"name": "honest", "critique": "What?"}]}}, SpecError, "none of its 1"),
+    ],
+)
+def test_a_wrong_principle_is_refused_before_the_name_is_taken_or_a_round_begun(ws, by, error, says):
+    with pytest.raises(error, match=says):
+        ws.iterate(DPO, **ASKED, **by)
+    assert not ws.run_ids()
+    assert len(ws.iterate(DPO, **ASKED, principle="honest").runs) == 6
+
+
+def test_every_round_is_judged_by_the_constitution_as_it_was_at_the_start(ws, tmp_path):
+    path = tmp_path / "mine.toml"
+    words = '[[principles]]\nname = "honest"\npreference = "Which is true?"\n'
+    path.write_text(words)
+    it = ws.iterate(DPO, **ASKED, constitution=path)
+    assert [run.spec.config["constitution"]["name"] for run in it.runs[1::3]] == ["mine", "mine"]
+    assert ws.iterate(DPO, **ASKED, constitution=load(path)).runs == it.runs, "the same settings go on"
+    path.write_text(words.replace("true", "kind"))
+    (found,) = ws.iteration("climb").advance().plan.constitution.principles
+    assert found.preference == "Which is true?"
+    with pytest.raises(SpecError, match=r'"climb" exists with other settings \(constitution\)'):
+        ws.iterate(DPO, **ASKED, constitution=path)
+
+
+@pytest.mark.parametrize("part", ["rows", "labels"])
+def test_a_stopped_job_whose_rows_are_saved_does_not_stop_the_iteration(ws, monkeypatch, part):
+    it = ws.iterate(DPO, **ASKED)
+    saved, over = SimpleNamespace(model=None, data=object()), SimpleNamespace(model=object(), data=None)
+    runs = {name: SimpleNamespace(state="finished", fold=over) for name in ("rows", "labels", "policy")}
+    runs[part] = SimpleNamespace(state="stopped", fold=saved)
+    monkeypatch.setattr(type(it), "rounds", [Round(1, **runs)])
+    assert it.state == "finished"
+    saved.data = None
+    assert it.state == "stopped", "nothing was saved, so nothing goes on"
 
 
 def test_prompts_take_turns_and_none_comes_twice_before_all_did():

@@ -85,6 +85,25 @@ def test_a_card_goes_out_with_the_lineage_and_without_people_or_directories(ws, 
     assert "ana" in private and ws.who in private and str(tmp_path) in private
 
 
+def test_a_card_names_a_judge_and_not_where_it_is_nor_who_labelled_nor_the_server(ws, tmp_path):
+    judges = tmp_path / "secret" / "critic"
+    judges.mkdir(parents=True)
+    (judges / "config.json").write_text("{}")
+    rm = ws.train(rl.RewardModel(annotator_weights={"ana": 0.5}), base="toy", data="toy-pairs")
+    address = 'judge(url="https://inside.example/v1", model="big", token_env="OUR_TOKEN")'
+    ppo = ws.train(
+        rl.PPO(rollout_backend="vllm_server", vllm_url="http://127.0.0.1:8123"),
+        policy="toy-sft",
+        reward={rm: 1, f'judge(model="{judges}")': 1, address: 1},
+        prompts="toy-prompts",
+    )
+    shown, private = (str(lineage(ws, ppo, public=public)) for public in (True, False))
+    for inside in ("secret", "inside.example", "OUR_TOKEN", "ana", "8123"):
+        assert inside not in shown, inside
+    assert "judge='critic'" in shown and "judge='big'" in shown
+    assert "annotator_weights={'ana': 0.5}" in private and "vllm_url=http://127.0.0.1:8123" in private
+
+
 def test_the_tree_unfolds_what_it_shows_twice_only_once(ws, tmp_path):
     text = str(ws.lineage(chain(ws, tmp_path)))
     lines = text.splitlines()

@@ -13,7 +13,7 @@ from rlhf_nb.data.rows import KINDS
 from rlhf_nb.errors import DataError, NotFoundError, SpecError
 from rlhf_nb.methods.reward_model import RewardModel
 from rlhf_nb.protocol.spec import ModelReward, NamedData, RunModel, RunSpec
-from rlhf_nb.stages.resolve import resolve_data, resolve_reward
+from rlhf_nb.stages.resolve import resolve_data, resolve_reward, reward_from_source
 
 
 @pytest.fixture
@@ -187,6 +187,35 @@ def test_a_reward_is_written_with_its_options(ws):
         with pytest.raises((SpecError, NotFoundError), match=re.escape(says)) as caught:
             read(bad)
         assert "\n" not in str(caught.value)
+
+
+def test_words_longer_than_a_path_can_be_are_no_path(ws):
+    words = "Which answer is kinder, and says what it knows? " * 120
+    schema = {"type": "object", "properties": {f"field-{i}": {"type": "string"} for i in range(200)}}
+    reward = resolve_reward(ws, f"json-schema(schema={schema!r})", verb="ppo")
+    assert (reward.name, reward.config["schema"]) == ("json-schema", schema)
+    judge = resolve_reward(
+        ws, f'judge(model="toy-annotator", principle="honest"),regex(pattern={"9" * 300!r})', verb="x"
+    )
+    assert [part.name for part in judge.parts] == ["judge-honest", "regex"]
+    graded = resolve_reward(ws, f'judge(model="toy", principle={words!r})', verb="ppo")
+    assert graded.config["principle"] == words
+    for odd in (words, "~nobody-of-that-name/model", "a\0b"):
+        with pytest.raises(NotFoundError, match="does not exist in this workspace"):
+            resolve_reward(ws, odd.replace(",", ""), verb="ppo")
+
+
+def test_what_a_source_defines_anywhere_outside_its_functions_is_defined():
+    source = (
+        "try:\n    import regex as re\nexcept ImportError:\n    import re\n"
+        "if True:\n    SCALE = 2\nfor LIMIT in (3, 4):\n    pass\nwith open('x') as HANDLE:\n    pass\n"
+        "class Kept:\n    pass\n\ndef helper(x):\n    return Kept, HANDLE\n\n"
+        "def f(prompts, completions, **columns):\n"
+        "    return [{number} * len(re.findall('a', c)) + SCALE * LIMIT + len(helper(c)) for c in completions]"
+    )
+    assert reward_from_source(source.format(number=1), "mine").name == "mine"
+    with pytest.raises(SpecError, match="reward mine: MISSING is defined outside the function"):
+        reward_from_source(source.format(number="MISSING"), "mine")
 
 
 def test_an_ensembles_members_become_one_reward_as_its_options_say(ws):
