@@ -12,7 +12,6 @@ import json
 import math
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from urllib.parse import urlsplit
 
 from rlhf_nb.errors import ComputeError, SpecError
 from rlhf_nb.feedback.chat import Question, Reply
-from rlhf_nb.protocol.spec import Endpoint
+from rlhf_nb.protocol.spec import VARIABLE, Endpoint
 from rlhf_nb.training.rollout.vllm_engine import reason
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ BACKOFF_LIMIT_S = 30.0
 BODY_LIMIT = 4 << 20
 """Bytes of an answer that are read: no verdict is that long."""
 TOP_LOGPROBS = 20
-VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 LATER = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 

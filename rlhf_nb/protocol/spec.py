@@ -114,6 +114,11 @@ class ModelJudge(Frozen):
     model: ModelRef
 
 
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+"""Names of environment variables that may hold a token. Capitals: what is accepted is written down and shown, and a
+token given in the name's place would be, too."""
+
+
 class Endpoint(Frozen):
     """A chat model behind an OpenAI-compatible address; vLLM's server is one."""
 

@@ -171,3 +171,9 @@ def write_log(root: Path, run_id: str, n: int) -> None:
     for _ in range(n):
         writer.write(Metric(step=1, values={"loss/total": 0.5}))
     writer.close()
+
+
+def test_a_token_in_place_of_its_variable_is_refused_and_not_repeated():
+    with pytest.raises(AttachError, match="the NAME of an environment variable") as refused:
+        Server("http://localhost:8888", token_env="ab12ef34")
+    assert "ab12ef34" not in str(refused.value)

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from rlhf_nb.compute.transports.base import RECONNECTED, Channel, OnLost, OnMessage
 from rlhf_nb.errors import AttachError
+from rlhf_nb.protocol.spec import VARIABLE
 
 HTTP_S = 20.0
 PULSE_S = 15.0
@@ -41,6 +42,11 @@ class Server:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise AttachError(f"attach server: {parts.netloc or self.url!r} is no http(s) URL of a Jupyter Server")
+        if not VARIABLE.fullmatch(self.token_env):
+            raise AttachError(
+                "attach server: token_env is the NAME of an environment variable, in capitals such as JUPYTER_TOKEN, "
+                "not the token; export the token under such a name first"
+            )
         found = parse_qs(parts.query).get("token", [""])[0]
         # /lab, /tree and their like are pages of the server whose address people copy.
         path = parts.path.split("/lab")[0].split("/tree")[0].rstrip("/")
