@@ -24,7 +24,8 @@ def planted(failed: int = 0) -> dict:
         run = {**start, "state": "finished", "true": 0.5 + gain, "proxy": 1.0 + 4 * gain, "kl": 3.0, "train_s": 7.0}
         lost = {"state": "failed", "reason": "it fell over"}
         seeds.append({"seed": index, "start": start, "runs": {"DPO": run, "GRPO": lost if index < failed else run}})
-    return {"arms": ["DPO", "GRPO"], "tuned": {"DPO": 1e-4, "GRPO": 3e-4}, "seeds": seeds}
+    made = {"machine": "one core", "threads": "1"}
+    return {"made_with": made, "arms": ["DPO", "GRPO"], "tuned": {"DPO": 1e-4, "GRPO": 3e-4}, "seeds": seeds}
 
 
 def test_a_line_is_the_mean_over_seeds_less_the_start_of_each():

@@ -128,7 +128,8 @@ def table(results: dict[str, Any]) -> Table:
     start = mean([of_seed["start"]["true"] for of_seed in results["seeds"]])
     line = (
         f"{STEPS} steps of {BATCH} from toy-sft, whose true reward is {start.value:.3f}; mean [95 % interval] over "
-        f"{len(results['seeds'])} seeds. Seconds as they were on that machine, all threads."
+        f"{len(results['seeds'])} seeds. Seconds on {results['made_with']['machine']}; threads: "
+        f"{results['made_with']['threads']}."
     )
     return Table(list(dict.fromkeys(column for row in rows for column in row)), rows, lines=[line])
 
@@ -136,8 +137,9 @@ def table(results: dict[str, Any]) -> Table:
 def markdown(results: dict[str, Any]) -> str:
     """The table as the README has it."""
     found = table(results)
-    cells = [[f"{row.get(column, '')}" for column in found.columns] for row in found.rows]
-    lines = [found.columns, ["---"] * len(found.columns), *cells]
+    columns = [column for column in found.columns if column != "seeds"]
+    cells = [[str(row.get(column, "")) for column in columns] for row in found.rows]
+    lines = [columns, ["---"] * len(columns), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
