@@ -59,7 +59,6 @@ class RewardModel(GradientMethod):
     also: ClassVar[tuple[str, ...]] = ("rankings",)
     models: ClassVar[str] = "reward model, or several; under LoRA on one backbone"
     live: ClassVar[tuple[LiveCoefficient, ...]] = (LEARNING_RATE, CENTRE)
-    quantizes: ClassVar[bool] = False
 
     batch_size: int = Field(8, gt=0)
     """Prompts an optimizer step sees, over all ranks: of rankings of K, batch_size × K completions."""
@@ -89,6 +88,11 @@ class RewardModel(GradientMethod):
     def check(self, spec: RunSpec) -> None:
         if self.members_by == "fold" and self.members == 1:
             raise SpecError("reward: members_by=fold needs parts to leave out; give members=5, or members_by=seed")
+        if self.members > 1 and spec.adapter is not None and spec.adapter.quantize != "none":
+            raise SpecError(
+                f"reward: adapter quantize={spec.adapter.quantize}: members={self.members} stand on a base in full; "
+                f"use quantize=none, or one run a member"
+            )
 
     @classmethod
     def preload(cls) -> None:
@@ -129,6 +133,7 @@ class RewardModel(GradientMethod):
             # The head is new, so an adapter alone would leave it random.
             peft_config=lora_config(context, "SEQ_CLS", modules_to_save=["score"]),
         )
+        _head_in_full(trainer)
         data.say_what_fits(context, trainer.train_dataset, (("chosen_ids",), ("rejected_ids",)), max_length)
         return SteeredTrainer(trainer, context, names=NAMES, live=[_centre(trainer)])
 
@@ -172,6 +177,7 @@ class RewardModel(GradientMethod):
         )
         if several and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             raise SpecError("reward: members are not trained in shards; leave FSDP out, or train one run a member")
+        _head_in_full(trainer)
         steered = SteeredEnsemble if several else SteeredTrainer
         return steered(trainer, context, names=NAMES, live=[_centre(trainer)])
 
@@ -253,6 +259,13 @@ def fold(prompt: Any, folds: int, seed: int) -> int:
     """Which part of the data a prompt belongs to: all rows of a prompt to the same one."""
     digest = hashlib.sha256(canonical_json([seed, prompt_key(prompt)]).encode()).digest()
     return int.from_bytes(digest[:8], "big") % folds
+
+
+def _head_in_full(trainer: Any) -> None:
+    """TRL puts what trains on a base of 4 bits into bfloat16; a head, unlike an adapter, does not cast its input."""
+    for name, parameter in trainer.model.named_parameters():
+        if ".modules_to_save." in name:
+            parameter.data = parameter.data.float()
 
 
 def _centre(trainer: Any) -> BoundCoefficient:

@@ -58,7 +58,10 @@ def on_base(base: Path | str, adapter: Path, like: Any) -> Any:
     """The adapter on its base in full, of the same kind as a model that holds the base in fewer bits."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(models.load_model(str(base), type(like.get_base_model())), str(adapter))
+    held = like.get_base_model()
+    # A sequence classifier has two labels unless told otherwise, and its head comes with the adapter.
+    labels = {"num_labels": held.num_labels} if hasattr(held, "num_labels") else {}
+    return PeftModel.from_pretrained(models.load_model(str(base), type(held), **labels), str(adapter))
 
 
 def merge(base: Path, adapter: Path, target: Path) -> None:

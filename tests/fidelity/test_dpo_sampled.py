@@ -1,6 +1,6 @@
 """DPO as it ships, on TRL's trainer and sampled labels, comes to π* ∝ π_ref·exp(r/β) of a small Llama's few completions.
 
-What sampling leaves of KL(π ‖ π*) goes as 1/(rows·β²): at twice β fewer rows say as much, and the test is shorter.
+What sampling leaves of KL(π ‖ π*) goes as 1/(rows·β²).
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def labelled(rewards: Tensor, rows: int, generator: torch.Generator) -> list[dic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("beta", "rows", "batch"), [(0.5, 100_000, 250), (1.0, 25_000, 100)])
-def test_dpo_on_sampled_labels_comes_to_the_gibbs_policy(job, tmp_path, beta, rows, batch):
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_dpo_on_sampled_labels_comes_to_the_gibbs_policy(job, tmp_path, beta):
+    rows, batch = 100_000, 250
     policy = save_policy(tmp_path / "policy")
     generator = torch.Generator().manual_seed(7)
     rewards = torch.rand(len(PROMPTS), len(COMPLETIONS), generator=generator, dtype=torch.float64)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rlhf_nb as rl
 from rlhf_nb.errors import SpecError
@@ -23,6 +23,7 @@ ROWS = {
     "orpo": pairs(4),
     "simpo": pairs(4),
     "online-dpo": prompts(4),
+    "reward": pairs(4),
 }
 LETTERS = FunctionReward(
     name="letters", source="def f(prompts, completions, **c):\n    return [len(x) for x in completions]"
@@ -31,14 +32,18 @@ CONFIG = {"max_steps": 2, "batch_size": 2, "sample_every": 0, "learning_rate": 1
 LORA = LoRA(r=4, alpha=8)
 
 
-def weights(path):
-    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+def load(path, method=""):
+    if method == "reward":
+        return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+    return AutoModelForCausalLM.from_pretrained(path)
 
 
-def with_adapter(base, adapter):
-    return (
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload().state_dict()
-    )
+def weights(path, method=""):
+    return load(path, method).state_dict()
+
+
+def with_adapter(base, adapter, method=""):
+    return PeftModel.from_pretrained(load(base, method), adapter).merge_and_unload().state_dict()
 
 
 @pytest.mark.parametrize("quantize", ["none", "4bit"])
@@ -65,20 +70,21 @@ def test_every_method_saves_the_base_in_full_with_its_adapter_merged_in(
     place = job(method, ROWS[method], config=CONFIG, adapter=adapter, **reward)
     # Seven linear layers in each of two blocks.
     assert packed == [14 if quantize == "4bit" else 0]
-    saved, start = weights(place.model), weights(job.model)
-    for name, expected in with_adapter(job.model, place.model / "adapter").items():
+    saved, start = weights(place.model, method), weights(job.model, method)
+    for name, expected in with_adapter(job.model, place.model / "adapter", method).items():
         torch.testing.assert_close(saved[name], expected, msg=name)
     moved = {name for name in start if not torch.equal(saved[name], start[name])}
-    assert moved and all("proj" in name for name in moved)
+    # A reward model's head is new, and trained whole.
+    assert moved and all("proj" in name or (method == "reward" and name == "score.weight") for name in moved)
     assert json.loads((place.model / "adapter" / "base.json").read_text())["name"] == "wide"
 
 
-def test_four_bits_on_a_cpu_are_refused_in_words_and_so_are_methods_without_them(job, tmp_path):
+def test_four_bits_on_a_cpu_are_refused_in_words_and_so_are_members_on_one_base(job, tmp_path):
     with (
         rl.Workspace(tmp_path / "w") as ws,
-        pytest.raises(SpecError, match="quantize=4bit: reward trains on a base in"),
+        pytest.raises(SpecError, match="quantize=4bit: members=3 stand on a base in full; use quantize=none"),
     ):
-        ws.train(rl.RewardModel(), base="toy", data="toy-pairs", adapter=LoRA(quantize="4bit"))
+        ws.train(rl.RewardModel(members=3), base="toy", data="toy-pairs", adapter=LoRA(quantize="4bit"))
     with pytest.raises(SpecError, match="no gradient goes through bitsandbytes' 4-bit layers on cpu; it needs CUDA"):
         job("dpo", ROWS["dpo"], config=CONFIG, adapter=LoRA(quantize="4bit"))
 
