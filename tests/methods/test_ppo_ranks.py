@@ -63,10 +63,10 @@ if asked.get("rollout"):
         return rollout, seconds
     online.OnlineTrainer.collect = injected
     clip = online.OnlineTrainer._clip
-    def kept(self):
+    def kept(self, norms):
         if rank == 0:
             torch.save({n: p.grad for n, p in self.module.named_parameters() if p.grad is not None}, place / "grads.pt")
-        return clip(self)
+        return clip(self, norms)
     online.OnlineTrainer._clip = kept
 
 train = online.OnlineTrainer.train
