@@ -6,6 +6,7 @@ import copy
 import math
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -280,10 +281,14 @@ def test_a_loss_that_is_not_finite_pauses_at_the_last_good_checkpoint_and_goes_o
     """The rate is raised beyond reason once, and put back while the run waits."""
     place = ppo(prepare=True, checkpoint_every=2, max_steps=8)
     append_line(place.control_path, SetCoefficient(name="kl_coef", value=0.1).model_dump(mode="json"))
-    seen: dict[str, Any] = {}
+    trainers: list[Any] = []
     genuine = online.OnlineTrainer.update
 
     def update(self: Any, *arguments: Any, **named: Any) -> Any:
+        trainers.append(self)
+        if self.live.learning_rate > 1e-3 and self.step in (3, 5):
+            # Two rewards that were put in: one is in the checkpoint of step 4, the other came after it.
+            self.scoring.parts = [replace(part, shift=float(self.step)) for part in self.scoring.parts]
         if self.step == 5 and self.live.learning_rate > 1e-3:
             self.live.learning_rate = 1e30
         return genuine(self, *arguments, **named)
@@ -298,6 +303,22 @@ def test_a_loss_that_is_not_finite_pauses_at_the_last_good_checkpoint_and_goes_o
     assert "first not finite is" in text and seen.held == ""
     steps = [row["step"] for row in seen.table() if "loss" in row]
     assert steps == list(range(1, 9)) and seen.coefficients["learning_rate"].value == 1e-3
+    # What a person put in still holds.
+    assert trainers[-1].scoring.parts[0].shift == 5.0
+
+
+def test_a_reference_that_says_nothing_finite_is_named(ppo, monkeypatch):
+    genuine = online.OnlineTrainer.collect
+
+    def collect(self: Any) -> Any:
+        rollout, seconds = genuine(self)
+        broken_BT = rollout.reference_logprobs_BT.clone()
+        broken_BT[:, 0] = float("nan")
+        return replace(rollout, reference_logprobs_BT=broken_BT), seconds
+
+    monkeypatch.setattr(online.OnlineTrainer, "collect", collect)
+    with pytest.raises(ComputeError, match="at step 1: first not finite is reference logprobs"):
+        ppo(on_not_finite="fail")
 
 
 def test_without_a_checkpoint_it_pauses_where_it_is_if_the_policy_still_speaks(ppo, monkeypatch):

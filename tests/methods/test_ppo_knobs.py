@@ -21,6 +21,7 @@ from rlhf_nb.protocol.glossary import GLOSSARY
 from rlhf_nb.protocol.spec import FunctionReward, LoRA, RunSpec
 from rlhf_nb.training import checkpoints, models, online
 from rlhf_nb.training.actor_critic import trunk_and_head
+from rlhf_nb.training.online_samples import SampleTable
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 
 from .conftest import LETTERS, ROWS, fold, killed, rollouts, same_to_the_bit
@@ -141,6 +142,20 @@ def test_the_temperature_falls_along_its_schedule_and_the_policy_gets_surer(ppo)
     assert [row["objective/temperature"] for row in rows] == pytest.approx([1.0, 0.8, 0.6, 0.4])
     entropies = [row["policy/entropy"] for row in rows]
     assert entropies == sorted(entropies, reverse=True)
+
+
+def test_samples_are_drawn_at_the_temperature_of_their_step(ppo, monkeypatch):
+    drawn: list[tuple[int, float]] = []
+    genuine = SampleTable._sample
+
+    def sample(self, sampler, ids, stream, temperature):
+        drawn.append((self.trainer.step, temperature))
+        return genuine(self, sampler, ids, stream, temperature)
+
+    monkeypatch.setattr(SampleTable, "_sample", sample)
+    place = ppo(temperature=1.0, temperature_end=0.2, sample_every=4)
+    last = place.spec().config["max_steps"]
+    assert drawn and all(t == pytest.approx(1.0 - 0.8 * step / last) for step, t in drawn)
 
 
 def test_scores_are_normalised_by_all_that_were_seen(ppo):

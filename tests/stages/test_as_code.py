@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import runpy
-from unittest.mock import Mock
-
-import pytest
 
 import rlhf_nb as rl
 from rlhf_nb import registry
 from rlhf_nb.methods.sft import SFT
 from rlhf_nb.protocol.spec import FunctionReward, HubModel, ModelReward, NamedReward, PathModel
 from rlhf_nb.toy import pairs
-
-
-@pytest.fixture
-def ws(tmp_path):
-    with rl.Workspace(tmp_path / "w") as workspace:
-        # What stands for the compute takes every spec; nothing is trained.
-        workspace._client = Mock(alive=True)
-        yield workspace
-        workspace._client = None
 
 
 def short(prompts, completions, **columns):
@@ -79,6 +67,12 @@ def test_a_method_of_a_plugin_is_found_by_its_name(ws, monkeypatch):
 
 
 def test_models_of_elsewhere_and_jobs_that_train_nothing(ws, tmp_path, tiny_model):
-    for policy in (PathModel(path=str(tiny_model)), HubModel(repo_id="owner/name", revision="v1")):
-        again(ws, ws.train(rl.DPO(loss_type=["sigmoid", "sft"]), policy=policy, data="toy-pairs"), tmp_path)
-    again(ws, ws.generate("toy-sft", prompts="toy-prompts", n=2, reward=NamedReward(name="toy-true")), tmp_path)
+    for policy, said in (
+        # A directory may be on the compute host alone: as a text it would be looked for here.
+        (PathModel(path=str(tiny_model)), f"policy=PathModel(kind='path', path='{tiny_model}'),"),
+        (HubModel(repo_id="owner/name", revision="v1"), "policy='owner/name@v1',"),
+    ):
+        run = ws.train(rl.DPO(loss_type=["sigmoid", "sft"]), policy=policy, data="toy-pairs")
+        assert said in again(ws, run, tmp_path)
+    drawn = ws.generate("toy-sft", prompts="toy-prompts", n=2, reward=NamedReward(name="toy-true"))
+    assert "submit(ws, RunSpec(" in again(ws, drawn, tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 
@@ -121,15 +120,6 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(tmp_path, method
             ws.iterate(method, **{"policy": "toy", "prompts": "toy-prompts", **settings})
         with pytest.raises(NotFoundError, match=r'iteration "climb" does not exist.*known: none'):
             ws.iteration("climb")
-
-
-@pytest.fixture
-def ws(tmp_path):
-    with rl.Workspace(tmp_path / "w") as workspace:
-        # What stands for the compute takes every spec; nothing is trained.
-        workspace._client = Mock(alive=True)
-        yield workspace
-        workspace._client = None
 
 
 ASKED = {"policy": "toy", "prompts": "toy-prompts", "rounds": 2, "judge": "toy-annotator", "name": "climb"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from unittest.mock import Mock
 
 import pytest
 
@@ -15,15 +14,6 @@ from rlhf_nb.stages.export import card
 from rlhf_nb.stages.label import chooser
 from rlhf_nb.stages.lineage import lineage
 from rlhf_nb.toy import pairs
-
-
-@pytest.fixture
-def ws(tmp_path):
-    with rl.Workspace(tmp_path / "w") as workspace:
-        # What stands for the compute takes every spec; nothing is trained.
-        workspace._client = Mock(alive=True)
-        yield workspace
-        workspace._client = None
 
 
 def chain(ws, tmp_path):
