@@ -42,6 +42,10 @@ class AttachError(ComputeError):
     """Nothing is attached, or attaching failed."""
 
 
+class ElsewhereError(ComputeError, LookupError):
+    """A run that is not on the attached compute; the message says where it was seen last."""
+
+
 class RunFailedError(ComputeError):
     """A run ended in the state `failed`; the message carries its cause."""
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb import registry
 from rlhf_nb.errors import (
     ComputeError,
+    NotFoundError,
     RunFailedError,
     SpecError,
     StorageError,
@@ -30,7 +32,9 @@ from rlhf_nb.protocol.spec import CombinedReward, ModelReward, RunModel, RunSpec
 if TYPE_CHECKING:
     import pandas
 
+    from rlhf_nb.compute.client import Client
     from rlhf_nb.data.dataset import Dataset
+    from rlhf_nb.ui.panel import Panel
     from rlhf_nb.workspace import Workspace
 
 POLL_S = 0.05
@@ -152,6 +156,7 @@ class Run:
         self._lock = threading.Lock()
         self._spec: RunSpec | None = None
         self._shown = False
+        self._panel: Panel | None = None
         self._unindexed: list[AnyEvent] = []
         """Read, and not in the workspace's index yet."""
 
@@ -161,14 +166,33 @@ class Run:
             self._spec = self.workspace.spec(self.id)
         return self._spec
 
+    @contextlib.contextmanager
+    def _there(self) -> Iterator[Client]:
+        """The attached compute.
+
+        Raises:
+            ElsewhereError: The run is not on it.
+        """
+        client = self.workspace.client
+        try:
+            yield client
+        except NotFoundError:
+            raise self.workspace.elsewhere(self.id) from None
+
     @property
     def fold(self) -> RunFold:
-        """Everything read so far, brought up to date."""
-        with self._lock:
-            fresh = self.workspace.client.events(self.id, since=self._fold.last_seq)
+        """Everything read so far, brought up to date.
+
+        Raises:
+            ElsewhereError: The run is not on the attached compute.
+        """
+        # Not the other way round: while one thread reaches for a lost compute the others hear at once that it is lost.
+        with self._there() as client, self._lock:
+            fresh = client.events(self.id, since=self._fold.last_seq)
             for event in fresh:
                 self._fold.add(event)
             self._unindexed.extend(fresh)
+        with self._lock:
             if self._unindexed:
                 self._index()
             return self._fold
@@ -185,7 +209,9 @@ class Run:
     @property
     def state(self) -> str:
         """waiting | starting | running | paused | finished | stopped | failed"""
-        return self.workspace.state_of(self.id, self.fold)
+        fold = self.fold
+        with self._there():
+            return self.workspace.state_of(self.id, fold)
 
     @property
     def model(self) -> RunModel:
@@ -206,11 +232,13 @@ class Run:
 
     def events(self, since: int = 0) -> list[AnyEvent]:
         """Every event after `since`, in the order of `seq`."""
-        return self.workspace.client.events(self.id, since=since)
+        with self._there() as client:
+            return client.events(self.id, since=since)
 
     def subscribe(self, callback: Callable[[list[AnyEvent]], None], since: int = 0) -> Any:
         """Events after `since`, then each new batch, from a background thread. `.close()` the result to end it."""
-        return self.workspace.client.subscribe(self.id, since, callback)
+        with self._there() as client:
+            return client.subscribe(self.id, since, callback)
 
     def metrics(self) -> pandas.DataFrame:
         """One row an optimizer step."""
@@ -220,7 +248,8 @@ class Run:
         return pandas.DataFrame(table).set_index("step", drop=False) if table else pandas.DataFrame({"step": []})
 
     def log_tail(self, lines: int = 20) -> list[str]:
-        return self.workspace.client.log_tail(self.id, lines)
+        with self._there() as client:
+            return client.log_tail(self.id, lines)
 
     def set(self, name: str, value: Any, why: str = "") -> Pending:
         """Ask for a new value of a live coefficient, or for another reward.
@@ -400,10 +429,12 @@ class Run:
             subscription.close()
 
     def panel(self) -> Any:
-        """The live panel of this run, a widget."""
+        """The live panel of this run, a widget. Every display is a view of the same one, until it is closed."""
         from rlhf_nb.ui.panel import Panel
 
-        return Panel(self, store=self.workspace.store)
+        if self._panel is None or self._panel.closed:
+            self._panel = Panel(self, store=self.workspace.store)
+        return self._panel
 
     def report(self) -> Any:
         """A static picture of the run, for a paper's appendix or a cell without a kernel."""

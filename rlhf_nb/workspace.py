@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import platform
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_nb.errors import AttachError, NotFoundError, RlhfError, SpecError, did_you_mean
+from rlhf_nb.errors import AttachError, ElsewhereError, NotFoundError, RlhfError, SpecError, did_you_mean
 from rlhf_nb.protocol.events import TERMINAL, AnyEvent, RewardReplaced
 from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import BlobData, FunctionReward, RunSpec, describe, parents_of
 from rlhf_nb.verbs import Verbs
 
 if TYPE_CHECKING:
-    from rlhf_nb.compute.client import AttachInfo, Client
+    from rlhf_nb.compute.client import AttachInfo, Client, Subscription
     from rlhf_nb.data.dataset import Dataset
     from rlhf_nb.run import Run
     from rlhf_nb.stages.tables import Table
     from rlhf_nb.store import Store
+    from rlhf_nb.store.records import RunRecord
 
 DEFAULT_TARGET = "rlhf-workspace"
+RETRY_S = 30.0
+"""Between two tries to reach a compute that is lost: each may wait for the network."""
+ARRIVES_S = 600.0
+"""After so long a run that its compute does not list will not come there: longer than rows travel or clocks differ."""
 _AUDITED = frozenset(
     {
         "coefficient_changed",
@@ -55,8 +64,14 @@ class Workspace(Verbs):
         self.id: str = self.store.workspace_id
         self.reward_functions: dict[str, FunctionReward] = {}
         self._client: Client | None = None
-        self._attach_flags = ""
+        self._attach_flags, self._standby = "", True
+        self._retry_at = 0.0
+        self._orphans: list[Subscription] = []
+        """Of the compute that was let go, for the one attached next: a panel goes on."""
         self._lock = threading.RLock()
+        self._starting, self._reaching = threading.Lock(), threading.Lock()
+        """Held while local compute is started, or a lost one reached; `_lock` never waits for either."""
+        self._closed = False
         self._runs: dict[str, Run] = {}
         self._specs: dict[str, RunSpec] = {}
         self._indexed: dict[str, int] = {}
@@ -86,6 +101,7 @@ class Workspace(Verbs):
 
     def close(self) -> None:
         """Detach and close the database. Runs go on."""
+        self._closed = True
         self.detach()
         self.store.close()
 
@@ -96,7 +112,9 @@ class Workspace(Verbs):
 
     @property
     def attached(self) -> AttachInfo | None:
-        return self._client.info if self._client is not None else None
+        """What is attached. None also where it is lost: `unattached` then says which it was."""
+        client = self._client
+        return client.info if client is not None and client.alive else None
 
     def attach(
         self, target: Any = "local", *, launch: str = "", standby: bool = True, replace: bool = False
@@ -112,41 +130,164 @@ class Workspace(Verbs):
         Raises:
             AttachError: Something is attached already, or the kernel did not come up.
         """
-        from rlhf_nb.stages.attach import attach
 
-        with self._lock:
-            if self._client is not None and not replace:
+        def free() -> None:
+            if (info := self.attached) is not None and not replace:
                 raise AttachError(
-                    f"{self._client.info.name} is attached already and stays; "
+                    f"{info.name} is attached already and stays; "
                     "%rlhf attach ... --replace (replace=True) takes another, and its runs go on"
                 )
-            client = attach(self, target, launch=launch, standby=standby)
-            if self._client is not None:
-                self._client.close()
-            self._client, self._attach_flags = client, launch
+
+        free()
+        return self._attach(target, launch, standby, free).info
+
+    def _attach(self, target: Any, launch: str, standby: bool, free: Callable[[], None]) -> Client:
+        """Connect, which may wait long for the network, and only then take the place that `free` still finds free."""
+        from rlhf_nb.stages.attach import attach, described
+
+        client = attach(self, target, launch=launch, standby=standby)
+        try:
+            with self._lock:
+                free()
+                before = self._let_go()
+                self._client, self._attach_flags, self._standby = client, launch, standby
+                client.adopt(self._orphans)
+                self._orphans = []
+        except AttachError:
+            client.close()
+            raise
+        if before is not None:
+            before.close()
+        info = {"launcher": described(client.launcher), "launch": launch, "who": self.who, "host": platform.node()}
+        self.store.add_attach(client.info.name, info)
         self.audit("attach", client.info.name, {"launch": launch})
-        return client.info
+        self._match_runs(client)
+        return client
 
     def detach(self) -> None:
         """Let go of the attached compute. Runs go on; an idle standby ends."""
         with self._lock:
-            if self._client is not None:
-                self._client.close()
-                self._client = None
+            before = self._let_go()
+        if before is not None:
+            before.close()
+
+    def _let_go(self) -> Client | None:
+        """What was attached, to be closed without the lock: a server that does not answer makes that slow."""
+        before, self._client = self._client, None
+        if before is not None:
+            self._orphans += before.release()
+        return before
 
     @property
     def client(self) -> Client:
-        """The attached compute. After a kernel restart a directory workspace attaches again by itself, to steer."""
-        with self._lock:
-            if self._client is not None and not self._client.alive:
-                self._client.close()
-                self._client = None
-            if self._client is None:
-                if self.directory is None or not self.run_ids():
-                    raise AttachError("nothing is attached; %rlhf attach local starts compute here")
-                self.attach("local", standby=False)
-            assert self._client is not None
-            return self._client
+        """The attached compute: what was lost, attached again. After a kernel restart a directory workspace attaches
+        local again by itself, to steer, unless something else was attached last.
+
+        Raises:
+            AttachError: Nothing is attached, or what is lost cannot be reached, or somebody is about to reach it.
+        """
+        client = self._client
+        if client is None:
+            client = self._local_again()
+        elif not client.alive:
+            if not self._reaching.acquire(blocking=False):
+                raise AttachError(self.unattached)
+            try:
+                client = self._reach_again(client)
+            finally:
+                self._reaching.release()
+        return client
+
+    def _local_again(self) -> Client:
+        last = self._last_attach()
+        if self.directory is None or not self.run_ids() or (last and last["launcher"]["kind"] != "local"):
+            raise AttachError(self.unattached)
+        # Of several panels that ask at once the first starts the kernel, and the others wait for it.
+        with self._starting:
+            return self._client or self._instead_of(None, "local", last["launch"] if last else "", standby=False)
+
+    def _reach_again(self, lost: Client) -> Client:
+        """Never another compute in its place: what is trained there would be trained here without a word."""
+        if self._client is not lost:
+            return self.client  # another thread was a moment faster
+        if time.monotonic() < self._retry_at:
+            raise AttachError(self.unattached)
+        try:
+            return self._instead_of(lost, lost.launcher, self._attach_flags, self._standby)
+        except (RlhfError, OSError) as error:
+            if self._client is not lost:
+                raise  # attached again: it is the database that cannot be written
+            self._retry_at = time.monotonic() + RETRY_S
+            raise AttachError(f"{self.unattached} ({error})") from None
+
+    def _instead_of(self, lost: Client | None, target: Any, launch: str, standby: bool) -> Client:
+        """Attach again; what somebody attached or let go meanwhile stays so."""
+
+        def free() -> None:
+            if self._client is not lost or self._closed:
+                raise AttachError(self.unattached)
+
+        try:
+            return self._attach(target, launch, standby, free)
+        except AttachError:
+            # Another answer came first, whether or not this one came at all.
+            if (client := self._client) is not None and client is not lost and client.alive:
+                return client
+            raise
+
+    def _last_attach(self) -> dict[str, Any] | None:
+        """The launcher and flags of this person's newest attach, in whichever process; those from this host first."""
+        who, host = self.who, platform.node()
+        mine = [one.info for one in self.store.attaches() if one.info.get("who", who) == who]
+        # A laptop or a container changes its name: what was attached under the old one is still better known than not.
+        newest = ([info for info in mine if info.get("host", host) == host] or mine)[-1:]
+        return newest[0] if newest and "launcher" in newest[0] else None
+
+    @property
+    def unattached(self) -> str:
+        """Why nothing is attached, and what attaches it; one line."""
+        from rlhf_nb.stages.attach import described, line
+
+        if (lost := self._client) is not None:
+            again = line(described(lost.launcher), self._attach_flags)
+            return f"{lost.launcher.name} is lost, and runs there go on; {again} attaches it again"
+        last = self._last_attach()
+        if last is None or last["launcher"]["kind"] == "local":
+            return "nothing is attached; %rlhf attach local starts compute here"
+        again = line(last["launcher"], last["launch"])
+        return f"nothing is attached; {again} attaches what was last, %rlhf attach local starts compute here"
+
+    def elsewhere(self, run_id: str) -> ElsewhereError:
+        """What is said of a run that the attached compute does not have."""
+        from rlhf_nb.stages.attach import line
+
+        client = self._client
+        name = client.info.name if client is not None and client.alive else "what is attached"
+        try:
+            record = self.store.run(run_id)
+        except NotFoundError:
+            return ElsewhereError(f"{run_id} is not on {name}, and this workspace does not know where it is")
+        seen = f"{run_id} is not on {name}, the attached compute; it was last seen {record.state}"
+        if record.attach is None:
+            return ElsewhereError(seen)
+        host = record.summary.get("host")
+        if record.attach == name and client is not None:
+            if host in (None, client.info.host) or self._was_sent_to(record, client):
+                return ElsewhereError(f"{seen} there, and its directory {record.place} is gone")
+            return ElsewhereError(f"{seen} on {record.attach} of {host}, and what is attached is on {client.info.host}")
+        at = [one.info for one in self.store.attaches() if one.target == record.attach and "launcher" in one.info]
+        way = line(at[-1]["launcher"], at[-1]["launch"]) if at else "%rlhf attach ..."
+        local = bool(at) and at[-1]["launcher"]["kind"] == "local" and self.runs_root is None
+        if local and host not in (None, platform.node()):
+            return ElsewhereError(f"{seen} on {record.attach} of {host}; {way} there attaches that")
+        return ElsewhereError(f"{seen} on {record.attach}; {way} --replace attaches that")
+
+    def _was_sent_to(self, record: RunRecord, client: Client) -> bool:
+        """Whether a run was sent to the compute that is attached; `local` has one name on every host."""
+        if (record.attach, record.place) != (client.info.name, f"{client.info.runs_root}/{record.run_id}"):
+            return False
+        beside = self.runs_root is not None and client.launcher.is_local
+        return beside or record.summary.get("host") == client.info.host
 
     @property
     def launch_flags(self) -> str:
@@ -245,20 +386,76 @@ class Workspace(Verbs):
         blobs = {
             d.content_hash: self.store.get_encoded(d.content_hash) for d in spec.data_sets if isinstance(d, BlobData)
         }
-        client.submit(spec, blobs)
-        self._remember(spec)
+        # Before it is sent: on a compute that is not here nobody would find a run of which only that side knows.
+        self._remember(spec, client)
+        try:
+            client.submit(spec, blobs)
+        except RlhfError:
+            self._forget_unless_there(spec, client)
+            raise
+        # Another process that attached meanwhile may have taken it for one that never came there.
+        self._remember(spec, client)
         self.audit("submit", spec.run_id, {"method": spec.method, "title": spec.title, "config": spec.config})
+        self._link(spec)
+        return self.run(spec.run_id)
+
+    def _remember(self, spec: RunSpec, client: Client | None = None, state: str = "waiting") -> None:
+        self.store.add_run(
+            spec.run_id,
+            method=spec.method,
+            spec=spec.model_dump(mode="json"),
+            title=spec.title,
+            state=state,
+            attach=client.info.name if client else None,
+            place=f"{client.info.runs_root}/{spec.run_id}" if client else None,
+            summary={"host": client.info.host} if client else None,
+        )
+        self._specs[spec.run_id] = spec
+
+    def _forget_unless_there(self, spec: RunSpec, client: Client) -> None:
+        """A run that was refused gives its row back, not its number. Where nobody can say, the row stays."""
+        try:
+            refused = client.spec(spec.run_id) != spec
+        except NotFoundError:
+            refused = True
+        except RlhfError:
+            refused = False
+        if refused:
+            self.store.forget_run(spec.run_id)
+            del self._specs[spec.run_id]
+
+    def _link(self, spec: RunSpec) -> None:
         for parent in spec.model_parents:
             self.store.add_lineage(spec.run_id, parent, "model")
         for data in spec.data_sets:
             self.store.add_lineage(spec.run_id, describe(data), "data")
-        return self.run(spec.run_id)
 
-    def _remember(self, spec: RunSpec) -> None:
-        self._specs[spec.run_id] = spec
-        self.store.add_run(
-            spec.run_id, method=spec.method, spec=spec.model_dump(mode="json"), title=spec.title, state="waiting"
-        )
+    def _match_runs(self, client: Client) -> None:
+        """Enter runs of this workspace that only the compute knows; take back those that never came there."""
+        known = set(self.run_ids())
+        # Read before the compute is asked: of a run that is sent in between, it would know nothing yet.
+        waiting = self.store.runs(state="waiting")
+        if self.runs_root is not None and client.launcher.is_local:
+            there = {path.parent.name for path in self.runs_root.glob("*/spec.json")}
+        else:
+            try:
+                rows = client.runs()
+                for row in rows:
+                    if row["workspace_id"] == self.id and row["run_id"] not in known:
+                        spec = RunSpec.model_validate(row["spec"])
+                        self._remember(spec, client, row["state"])
+                        self._link(spec)
+            except (RlhfError, ValueError) as error:
+                # A run that a newer version began, say: what is attached is attached all the same.
+                said = str(error).splitlines()[0]
+                warnings.warn(f"{client.info.name} is attached; its runs could not be listed: {said}", stacklevel=3)
+                return
+            there = {row["run_id"] for row in rows}
+        until = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=ARRIVES_S)
+        for record in waiting:
+            late = datetime.datetime.fromisoformat(record.created) <= until
+            if late and record.run_id not in there and record.last_seq < 0 and self._was_sent_to(record, client):
+                self.store.forget_run(record.run_id)
 
     def state_of(self, run_id: str, fold: RunFold) -> str:
         """The state, from the events and, where they do not say, from the supervisor's phase."""
@@ -275,35 +472,42 @@ class Workspace(Verbs):
         """Refill the workspace's index of a run from events just read; idempotent on (run, seq)."""
         done = self._indexed.get(run.id)
         if done is None:
-            run.spec  # noqa: B018 - an index that was lost gets its row back
-            done = self.store.run(run.id).last_seq
+            spec = run.spec  # an index that was lost gets its row back
+            try:
+                done = self.store.run(run.id).last_seq
+            except NotFoundError:
+                self._remember(spec, self._client)
+                done = self.store.run(run.id).last_seq
         fresh = [event for event in events if event.seq > done]
         if not fresh:
             self._indexed[run.id] = done
             return
         kept = [event.model_dump(mode="json") for event in fresh if event.kind not in ("metric", "samples")]
-        # First, since it may be done twice: once the events are kept nobody comes back to them.
-        for event in fresh:
-            for parent in parents_of(event.new) if isinstance(event, RewardReplaced) else ():
-                self.store.add_lineage(run.id, parent, "model")
         audited = {
             e.seq: (e.kind, getattr(e, "who", "") or self.who, e.model_dump(mode="json", exclude={"log_tail"}))
             for e in fresh
             if e.kind in _AUDITED
         }
-        self.store.add_events(run.id, kept, audited=audited)
+        # All that may be done twice comes first: once the events are kept nobody comes back to them.
+        for event in fresh:
+            for parent in parents_of(event.new) if isinstance(event, RewardReplaced) else ():
+                self.store.add_lineage(run.id, parent, "model")
         summary: dict[str, Any] = {"step": fold.step, "max_steps": fold.max_steps}
         if fold.rows:
             summary["metrics"] = fold.rows[-1].values
-        changes: dict[str, Any] = {"state": fold.state, "last_seq": fresh[-1].seq, "summary": summary}
+        changes: dict[str, Any] = {"state": fold.state, "summary": summary}
         if fold.model is not None:
             self.store.add_model(run.id, fold.model.path, run_id=run.id, content_hash=fold.model.content_hash)
         if fold.state in TERMINAL:
-            import datetime
-
             ended = fold.ended_at or 0.0
             changes["finished"] = datetime.datetime.fromtimestamp(ended, datetime.UTC).isoformat()
-        self.store.update_run(run.id, **changes)
+        try:
+            self.store.update_run(run.id, **changes)
+        except NotFoundError:
+            # Its row was taken back, and here are its events.
+            self._remember(run.spec, self._client)
+            self.store.update_run(run.id, **changes)
+        self.store.add_events(run.id, kept, audited=audited, last_seq=fresh[-1].seq)
         self._indexed[run.id] = fresh[-1].seq
 
     def audit(self, action: str, subject: str, detail: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ exactly as they are in the log, as a binary buffer.
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import os
 import re
@@ -47,6 +48,8 @@ BLOB_CHUNK = 4 << 20
 PUSH_S = 0.025
 """Seconds between two pushes to one subscriber, except while it catches up."""
 LOOK_S = 0.008
+SILENT_S = 60.0
+"""Seconds after the last sign of a client until nothing is sent to it: a killed notebook says no farewell."""
 VERDICT_S = 3.0
 """Seconds to wait for a supervisor's verdict on a run whose processes are gone."""
 _SEQ = re.compile(rb'"seq": ?(\d+)')
@@ -86,6 +89,7 @@ class Agent:
         self.turns = Turns(runs_root)
         self.launch, self.keep_standby = launch, keep_standby
         self.sessions: list[Session] = []
+        self.pool = ThreadPoolExecutor(8, thread_name_prefix="rlhf-agent")
         self.offsets: dict[str, Offsets] = {}
         self._children: list[subprocess.Popen[bytes]] = []
         self._standby: tuple[standby.Standby, subprocess.Popen[bytes]] | None = None
@@ -107,6 +111,9 @@ class Agent:
         self.sessions.append(session)
         session.send({"hello": WIRE})
 
+    def listening(self) -> list[Session]:
+        return [session for session in self.sessions if not session.silent]
+
     def close(self) -> None:
         self._closing.set()
         self._dismiss()
@@ -117,7 +124,7 @@ class Agent:
         for run_id in listing.forgotten(self.runs_root):
             self.turns.enter(run_id, time.time())
         standby.sweep(self.runs_root)
-        said, looked = None, 0.0
+        looked = 0.0
         while not self._closing.is_set():
             try:
                 self._children = [child for child in self._children if child.poll() is None]
@@ -128,9 +135,9 @@ class Agent:
                         ensure_supervised(self.runs_root / run_id)
                 self._tend_standby()
                 state = self.standby_state()
-                if state != said:
-                    said = state
-                    for session in list(self.sessions):
+                for session in self.listening():
+                    if session.standby != state:
+                        session.standby = state
                         session.send({"standby": state})
             except Exception:  # noqa: BLE001
                 # A full disk or a vanished directory must not end the watching; the next look may succeed.
@@ -184,8 +191,8 @@ class Agent:
 
     def _push(self) -> None:
         while not self._closing.is_set():
-            busy = False
-            for session in list(self.sessions):
+            busy, listening = False, self.listening()
+            for session in listening:
                 for subscription in list(session.subscriptions.values()):
                     try:
                         busy |= subscription.push()
@@ -193,7 +200,7 @@ class Agent:
                         traceback.print_exc()
                         session.subscriptions.pop(subscription.name, None)
             if not busy:
-                time.sleep(LOOK_S if any(session.subscriptions for session in self.sessions) else 0.05)
+                time.sleep(LOOK_S if any(session.subscriptions for session in listening) else 0.05)
 
     # Requests -------------------------------------------------------------------------------------------------------
 
@@ -365,13 +372,22 @@ class Agent:
 
 
 class Session:
-    """One client's comm. Requests run on threads of their own, so that a slow disk never holds up the kernel."""
+    """One client's comm. Requests run on the agent's threads, so that a slow disk never holds up the kernel.
+
+    A client that pings and then falls silent is sent nothing until it is heard again, from where it was: a laptop may
+    have slept. One that never pings, since its kernel hears nothing while a cell runs, is sent everything.
+    """
 
     def __init__(self, agent: Agent, comm: Any, compress: bool) -> None:
         self.agent, self.comm, self.compress = agent, comm, compress
         self.subscriptions: dict[str, Subscription] = {}
+        self.standby: dict[str, Any] | None = None
+        """The standby as this client last heard of it."""
+        self._heard, self._pings = time.monotonic(), False
         self._sending = threading.Lock()
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="rlhf-agent")
+        # ipykernel takes the parent of what a thread sends from the cell that runs, and from then on hands the comm's
+        # requests to that cell's shell: as if it were always said in answer to the comm's opening, it stays in its own.
+        self._context = contextvars.copy_context()
         comm.on_msg(self._received)
         comm.on_close(lambda _: self.close())
 
@@ -379,20 +395,25 @@ class Session:
         self.subscriptions.clear()
         if self in self.agent.sessions:
             self.agent.sessions.remove(self)
-        self._pool.shutdown(wait=False)
+
+    @property
+    def silent(self) -> bool:
+        return self._pings and time.monotonic() - self._heard > SILENT_S
 
     def send(self, data: dict[str, Any], content: bytes | None = None) -> None:
         if content is not None and self.compress:
             data, content = {**data, "z": True}, zlib.compress(content, 1)
         with self._sending:
-            self.comm.send(data, buffers=None if content is None else [content])
+            self._context.run(self.comm.send, data, buffers=None if content is None else [content])
 
     def _received(self, message: dict[str, Any]) -> None:
+        self._heard = time.monotonic()
         request = dict(message["content"]["data"])
+        self._pings |= request.get("op") == "ping"
         buffers = message.get("buffers") or []
         if buffers:
             request["content"] = bytes(buffers[0])
-        self._pool.submit(self._answer, request)
+        self.agent.pool.submit(self._answer, request)
 
     def _answer(self, request: dict[str, Any]) -> None:
         asked, op = request.pop("id"), request.pop("op")
@@ -412,6 +433,8 @@ class Session:
         match op:
             case "subscribe":
                 return self._subscribe
+            case "ping":
+                return lambda: None
             case "unsubscribe":
                 return lambda sub: self.subscriptions.pop(sub, None) and None
         handler = getattr(self.agent, f"op_{op}", None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 ATTACH_S = 120.0
 REQUEST_S = 60.0
+PING_S = 15.0
+"""Seconds between two signs of life; after `agent.SILENT_S` without one the agent sends nothing more."""
 BLOB_CHUNK = 4 << 20
 
 Callback = Callable[[list[AnyEvent]], None]
@@ -79,6 +82,7 @@ class Subscription:
     def __init__(self, client: Client, run_id: str, since: int, callback: Callback) -> None:
         self.id, self.run_id, self.last_seq = uuid.uuid4().hex, run_id, since
         self._client, self._callback = client, callback
+        self._taking = threading.Lock()
         self.closed = False
 
     def close(self) -> None:
@@ -86,13 +90,15 @@ class Subscription:
 
     def _take(self, first: int, content: bytes) -> bool:
         """Deliver what is new; False where lines are missing before it."""
-        if first > self.last_seq + 1:
-            return False
-        events = [event for event in parse_lines(content) if event.seq > self.last_seq]
-        if events and not self.closed:
-            self.last_seq = events[-1].seq
-            self._callback(events)
-        return True
+        # A client that takes over asks again while a batch of the one before may still be on its way to the callback.
+        with self._taking:
+            if first > self.last_seq + 1:
+                return False
+            events = [event for event in parse_lines(content) if event.seq > self.last_seq]
+            if events and not self.closed:
+                self.last_seq = events[-1].seq
+                self._callback(events)
+            return True
 
 
 def parse_lines(content: bytes) -> list[AnyEvent]:
@@ -138,7 +144,9 @@ class Client:
         self._connected = threading.Event()
         self._reason = ""
         self._connection: Connection | None = None
-        threading.Thread(target=self._deliver, name="rlhf-events", daemon=True).start()
+        self._ended = threading.Event()
+        for target, name in ((self._deliver, "rlhf-events"), (self._ping, "rlhf-ping")):
+            threading.Thread(target=target, name=name, daemon=True).start()
         try:
             self.info = self._connect()
         except BaseException:
@@ -255,7 +263,7 @@ class Client:
     def _deliver(self) -> None:
         while (item := self._deliveries.get()) is not None:
             subscription, data, content = item
-            if subscription.closed:
+            if subscription.closed or subscription._client is not self:
                 continue
             try:
                 if not subscription._take(data["first"], content):
@@ -263,6 +271,13 @@ class Client:
             except Exception:  # noqa: BLE001
                 # A callback's fault is its own; the next batch and the other subscribers still get theirs.
                 traceback.print_exc()
+
+    def _ping(self) -> None:
+        while not self._ended.wait(PING_S):
+            # A line that is down is the link's affair; the agent must hear again once it stands.
+            with contextlib.suppress(Exception):
+                if self._connection is not None and self._connection.alive:
+                    self._connection.ping()
 
     # Requests ---------------------------------------------------------------------------------------------------------
 
@@ -351,6 +366,20 @@ class Client:
             raise
         return subscription
 
+    def release(self) -> list[Subscription]:
+        """Every subscription, open and silent, for the client that comes after this one; see `adopt`."""
+        with self._lock:
+            released, self._subscriptions = list(self._subscriptions.values()), {}
+        return released
+
+    def adopt(self, subscriptions: Iterable[Subscription]) -> None:
+        """Go on with what another client released, after the last seq each has had. One whose run is not here waits."""
+        for subscription in subscriptions:
+            if not subscription.closed:
+                subscription._client = self
+                self._subscriptions[subscription.id] = subscription
+                self._send_subscribe(subscription)
+
     def _send_subscribe(self, subscription: Subscription) -> None:
         """Ask again from the last seq, without waiting for the answer."""
         arguments = {"sub": subscription.id, "run_id": subscription.run_id, "since": subscription.last_seq}
@@ -394,6 +423,7 @@ class Client:
             for subscription in self._subscriptions.values():
                 subscription.closed = True
             self._subscriptions.clear()
+        self._ended.set()
         self._connected.set()
         if self._connection is not None:
             self._connection.close(kill=kill_agent)

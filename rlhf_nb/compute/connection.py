@@ -45,7 +45,7 @@ class Connection:
         self.subshell: str | None = None
         self._comm = uuid.uuid4().hex
         self._lost: str | None = None
-        self._closed = False
+        self._closed = self._left = False
         self._link = launcher.connect()
 
     def open(self, timeout: float, **setup: Any) -> None:
@@ -82,11 +82,13 @@ class Connection:
             self._raise_if_lost()
             if time.monotonic() > deadline:
                 raise AttachError(f"attach {self._launcher.name}: the kernel runs but its agent does not answer")
+            self._send("comm_close", {})
         if self._wire != WIRE:
             raise AttachError(
                 f"attach {self._launcher.name}: its rlhf_nb speaks version {self._wire}, this one {WIRE}; "
                 "install the same version on both sides"
             )
+        self.ping()
 
     def _new_subshell(self, deadline: float) -> str | None:
         """A subshell's id; None where the kernel promises subshells and makes none.
@@ -164,6 +166,17 @@ class Connection:
         buffers = None if content is None else [content]
         self._send("comm_msg", {"id": asked or uuid.uuid4().hex, "op": op, **arguments}, buffers=buffers)
 
+    def ping(self) -> None:
+        """Say that this side lives. Without a subshell the agent hears nothing while a cell runs, and is not told."""
+        if self.subshell is not None:
+            self.post("ping", {})
+
+    def _leave(self) -> None:
+        """Tell the agent, so that it keeps nothing for this connection; also when it only seems to be gone."""
+        if self._hello.is_set() and not self._left:
+            self._left = True
+            self._send("comm_close", {})
+
     def _send(self, kind: str, data: dict[str, Any], *, buffers: list[bytes] | None = None, **more: Any) -> None:
         content = {"comm_id": self._comm, "data": data, **more}
         self._link.send(kind, content, subshell=self.subshell, buffers=buffers)
@@ -186,6 +199,7 @@ class Connection:
         if kind == "comm_close":
             # Before the first answer this is the kernel's way to say that the target is not there yet.
             if self._hello.is_set():
+                self._left = True
                 self._gone("the agent has closed the connection")
             return
         content = bytes(buffers[0]) if buffers else b""
@@ -211,6 +225,7 @@ class Connection:
             if self._lost is not None:
                 return
             self._lost = reason
+        self._leave()
         self._fail_waiting(reason)
         self._on_lost(reason)
 
@@ -232,8 +247,7 @@ class Connection:
     def close(self, *, kill: bool) -> None:
         if self._closed:
             return
-        if self.alive and self._hello.is_set():
-            self._send("comm_close", {})
+        self._leave()
         self._closed = True
         self._link.close(kill=kill)
         self._gone("detached")

@@ -77,12 +77,17 @@ def read_json(path: Path) -> Any | None:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Append one JSON line with a single write, and make it durable before returning."""
+    """Append one JSON line with a single write, and make it durable before returning.
+
+    A line that a killed writer left torn stays a line of its own, which `LineTail.read` passes over.
+    """
     with storage_errors(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
             before = os.fstat(descriptor).st_size
+            if before and os.pread(descriptor, 1, before - 1) != b"\n":
+                line = b"\n" + line
             if os.write(descriptor, line) < len(line):
                 # A full disk takes a part of it, and the next line would be glued to that.
                 os.ftruncate(descriptor, before)
@@ -154,6 +159,7 @@ class LineTail:
         self.path, self.offset = path, offset
 
     def read_raw(self, limit: int | None = None) -> list[bytes]:
+        """The lines as they are, also those that a killed writer left torn."""
         try:
             size = os.stat(self.path).st_size
         except FileNotFoundError:
@@ -170,7 +176,18 @@ class LineTail:
         return data[:end].splitlines()
 
     def read(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.read_raw() if line.strip()]
+        """The lines that are JSON objects: what a killed writer left torn must not end whoever reads on."""
+        return _objects(self.read_raw())
+
+
+def _objects(lines: list[bytes]) -> list[dict[str, Any]]:
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.append(value)
+    return found
 
 
 class EventWriter:
@@ -219,6 +236,18 @@ def _repair(path: Path) -> int:
             handle.truncate(end - back + complete)
         last = data[start:complete].strip()
         return int(json.loads(last)["seq"]) if last else 0
+
+
+def _worker(option: str, path: Path) -> ProcessIdentity | None:
+    """The oldest process whose command is the worker for `path`: a launcher's ends so, and so do its ranks'."""
+    command, wanted = ["rlhf_nb.compute.worker", option], os.path.realpath(path)
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            last = process.cmdline()[-3:]
+            if last[:2] == command and os.path.realpath(last[2]) == wanted:
+                found.append(ProcessIdentity.of(process.pid))
+    return min((one for one in found if one.alive()), key=lambda one: one.created, default=None)
 
 
 RESERVE_BYTES = 1 << 16
@@ -287,11 +316,19 @@ class RunDir:
                 found[int(stem)] = value
         return found
 
+    def launcher(self) -> ProcessIdentity | None:
+        """`accelerate launch` of this attempt, also where its supervisor was killed before it could record it."""
+        state = self.supervisor() or {}
+        if state.get("launcher") or state.get("phase") != "computing":
+            return ProcessIdentity.from_dict(state.get("launcher"))
+        if state.get("standby"):
+            return _worker("--standby", self.path.parent / ".standby" / state["standby"])
+        return _worker("--run", self.path)
+
     def alive(self) -> bool:
         """True while any process that computes this run lives: a rank, its watcher or the launcher."""
         known = [value for rank in self.rank_files().values() for value in (rank, rank.get("watcher"))]
-        known.append((self.supervisor() or {}).get("launcher"))
-        return any(one.alive() for one in map(ProcessIdentity.from_dict, known) if one)
+        return any(one.alive() for one in [*map(ProcessIdentity.from_dict, known), self.launcher()] if one)
 
     def supervised(self) -> bool:
         who = ProcessIdentity.from_dict(self.supervisor())
@@ -307,7 +344,7 @@ class RunDir:
         except FileNotFoundError:
             return []
         lines = data[: data.rfind(b"\n") + 1].splitlines()
-        return [json.loads(line) for line in (lines if size <= window else lines[1:]) if line.strip()]
+        return _objects(lines if size <= window else lines[1:])
 
     def said_its_end(self) -> bool:
         """True where the log's last line is a terminal event."""

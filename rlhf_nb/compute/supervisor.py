@@ -145,9 +145,11 @@ class Supervisor:
         if before.get("phase") == "computing" and before.get("pid") != os.getpid() and self.run.supervised():
             # Handed to a standby while this process was starting: its supervisor waits for the lock.
             return
-        if before.get("phase") == "computing" and (before.get("launcher") or self.run.rank_files()):
-            self._adopt(before)
-            return
+        if before.get("phase") == "computing":
+            launcher = self.run.launcher()
+            if launcher is not None or self.run.rank_files():
+                self._adopt(before, launcher)
+                return
         outcome = self._wait_for_parents() or self._wait_for_turn()
         if outcome is not None:
             self._conclude(outcome)
@@ -201,14 +203,14 @@ class Supervisor:
             hand_over(self.run, taken)
             return
         self._say(f"starting cold: {reason}")
+        # Said first: killed before it knows the launcher, this process leaves one that the next supervisor looks for.
+        self._phase("computing", oom_kills=postmortem.oom_kills())
         arguments = ["--run", str(self.run.path)]
         with open(self.run.log_path, "ab") as log:
             self.launcher = _launch(
                 launching.command(self.spec.launch, arguments), self.spec.launch, log, self.run.path
             )
-        self._phase(
-            "computing", launcher=ProcessIdentity.of(self.launcher.pid).to_dict(), oom_kills=postmortem.oom_kills()
-        )
+        self._phase("computing", launcher=ProcessIdentity.of(self.launcher.pid).to_dict())
 
     def take_over(self, launcher: subprocess.Popen[bytes], standby_path: Path) -> None:
         """A standby's supervisor becomes the run's."""
@@ -220,9 +222,10 @@ class Supervisor:
             standby=standby_path.name,
         )
 
-    def _adopt(self, before: dict[str, Any]) -> None:
+    def _adopt(self, before: dict[str, Any], launcher: ProcessIdentity | None) -> None:
         self.adopted = True
-        self._phase("computing", **{k: before[k] for k in ("launcher", "oom_kills", "standby") if k in before})
+        found = {"launcher": launcher.to_dict()} if launcher is not None else {}
+        self._phase("computing", oom_kills=before.get("oom_kills", postmortem.oom_kills()), **found)
         self.watch()
 
     # Watching -------------------------------------------------------------------------------------------------------
@@ -310,16 +313,24 @@ class Supervisor:
         self.turns.leave(self.run.run_id)
 
     def _unread_controls(self, ended: dict[str, Any]) -> list[Event]:
-        """Nobody will read these: whoever waits for them must hear so."""
-        asked = {line["id"]: line for line in LineTail(self.run.control_path).read()}
-        if not asked:
-            return []
-        for raw in LineTail(self.run.events_path).read_raw():
-            if b'"kind":"control_' in raw:
-                for name in [name for name in asked if name.encode() in raw]:
-                    del asked[name]
+        """Nobody will read these: whoever waits for them must hear so. A stop of a run that was stopped was obeyed."""
         reason = f"the run {ended['outcome']} before this was read"
-        return [ControlRefused(id=name, op=line["op"], reason=reason) for name, line in asked.items()]
+        return [
+            ControlAcknowledged(id=name, op=op, step=ended["step"])
+            if (op, ended["outcome"]) == ("stop", "stopped")
+            else ControlRefused(id=name, op=op, reason=reason)
+            for name, op in self._unanswered(LineTail(self.run.control_path).read()).items()
+        ]
+
+    def _unanswered(self, lines: list[dict[str, Any]]) -> dict[str, str]:
+        """Id and op of the control lines to which the log has no answer, from this attempt or an earlier one."""
+        asked = {line["id"]: str(line.get("op", "?")) for line in lines if isinstance(line.get("id"), str)}
+        if asked:
+            for event in LineTail(self.run.events_path).read_raw():
+                if b'"kind":"control_' in event:
+                    for name in [name for name in asked if name.encode() in event]:
+                        del asked[name]
+        return asked
 
     # Small things ---------------------------------------------------------------------------------------------------
 
@@ -356,11 +367,8 @@ class Supervisor:
             writer.close()
 
     def _stop_asked(self) -> bool:
-        for control in self._controls.read():
-            if control["op"] == "stop":
-                self._write(ControlAcknowledged(id=control["id"], op="stop", step=0))
-                return True
-        return False
+        """True for a stop that no earlier attempt obeyed or refused. It is acknowledged together with the end."""
+        return bool(self._unanswered([line for line in self._controls.read() if line.get("op") == "stop"]))
 
 
 def hand_over(run: RunDir, taken: standby.Standby) -> None:

@@ -58,19 +58,23 @@ def masked_var(values: Tensor, mask: Tensor) -> Tensor:
 def masked_whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Values scaled to unit sample variance over the tokens that count.
 
-    Huang et al. 2024, arXiv:2403.17031, detail 8. TRL 1.12 `masked_whiten` with the same sign of `shift_mean`.
+    Huang et al. 2024, arXiv:2403.17031, detail 8, and TRL 1.12 `masked_whiten`. Without the shift both add the mean
+    back once they have divided, (x − m)/s + m: every token then earns m·(1 − 1/s) beside x/s, and a completion for its
+    length. Here x/s.
 
     Args:
         values: Any shape, float. With several ranks, the values of all of them: statistics are global.
         mask: Same shape, bool.
-        shift_mean: Also subtract the mean. False keeps it, as for rewards, whose level matters.
+        shift_mean: Also subtract the mean. False only divides, as for rewards, whose level matters.
 
     Returns:
-        Same shape; 0 where the mask is False. Values that are all equal become 0 (or stay, without the shift).
+        Same shape; 0 where the mask is False. Values that are all equal, up to rounding, become 0 (or stay, without
+        the shift).
 
     Raises:
         ShapeError: The mask is not bool or has another shape.
     """
-    mean, variance = masked_mean(values, mask), masked_var(values, mask)
-    whitened = (fill(values, mask) - mean) * torch.rsqrt(variance + 1e-8)
-    return fill(whitened if shift_mean else whitened + mean, mask)
+    filled, variance = fill(values, mask), masked_var(values, mask)
+    flat = variance <= (4 * torch.finfo(values.dtype).eps) ** 2 * masked_mean(filled.square(), mask)
+    scale = torch.where(flat, 0.0 if shift_mean else 1.0, torch.rsqrt(variance + 1e-8))
+    return fill((filled - masked_mean(values, mask)) * scale, mask) if shift_mean else filled * scale

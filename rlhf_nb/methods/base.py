@@ -37,8 +37,9 @@ class LiveCoefficient:
     scale: Literal["linear", "log"] = "linear"
     unit: str = ""
     meaning: str = ""
-    enters: Literal["update", "rollout"] = "update"
-    """`update`: in force at the next optimizer step. `rollout`: at the first step of the next rollout."""
+    enters: Literal["update", "rollout", "adaptation"] = "update"
+    """`update`: in force at the next optimizer step. `rollout`: at the first step of the next rollout. `adaptation`: at
+    the first step of the next rollout that another one was measured for."""
     writes: str = ""
     """Dotted path from the trainer to what the loss reads: `trainer.beta`. Empty: the method binds it."""
     can_preview: bool = False

@@ -115,6 +115,13 @@ class OnlineMethod(Method):
     """Of rollout_backend=vllm_server, such as http://127.0.0.1:8000. Loopback only: it has no authentication."""
     vllm_memory: float = Field(0.3, gt=0, lt=1)
     """Of rollout_backend=vllm: the share of the accelerator's memory that it takes."""
+    vllm_transfer: Literal["disk", "nccl"] = "disk"
+    """How whole models reach a vllm_server. disk: saved in the run's directory and read again. nccl: from GPU to GPU,
+    to a server on another GPU of this machine, started with --weight-transfer-config '{"backend": "nccl"}'; the trainer
+    needs vllm beside it too. Adapters always go by disk: they are small."""
+    cuda_graphs: bool = False
+    """Of rollout_backend=transformers, on CUDA: sample over a static cache, each token of all rows one replay of a
+    captured graph, which frees the GPU from waiting for Python."""
     importance_cap: float | None = Field(None, gt=0)
     """Truncated importance sampling (Yao et al. 2025): completions are read once more by the trainer, and a token's
     policy loss is weighted by min(π_trainer/π_sampler, importance_cap). For samplers that compute otherwise than the
@@ -241,6 +248,17 @@ class OnlineMethod(Method):
             from rlhf_nb.training.rollout.vllm_engine import loopback
 
             loopback(self.vllm_url)
+        if self.vllm_transfer == "nccl" and (self.rollout_backend != "vllm_server" or spec.adapter is not None):
+            which = "an adapter" if spec.adapter is not None else f"rollout_backend={self.rollout_backend}"
+            raise SpecError(
+                f"{self.name}: vllm_transfer=nccl sends whole models to a vllm_server and there is {which}; leave it "
+                f"out"
+            )
+        if self.cuda_graphs and self.rollout_backend != "transformers":
+            raise SpecError(
+                f"{self.name}: cuda_graphs=True is of rollout_backend=transformers; {self.rollout_backend} has its "
+                f"own: leave it out"
+            )
         if self.rollout_backend == "vllm" and spec.launch.num_processes > 1:
             raise SpecError(
                 f"{self.name}: rollout_backend=vllm holds its engine in one process and there are "
@@ -296,8 +314,12 @@ class OnlineMethod(Method):
         """What the sum of a global minibatch's token losses is divided by."""
         return extent.tokens
 
-    def after_rollout(self, rollout: Rollout, live: Live) -> None:
-        """When a rollout's updates are done."""
+    def measured(self, rollout: Rollout) -> list[float] | None:
+        """What `adapt` needs of a rollout that was used up; None where nothing is adapted."""
+        return None
+
+    def adapt(self, measured: list[float], live: Live) -> None:
+        """Move coefficients before the next rollout, by what was measured of the last."""
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 

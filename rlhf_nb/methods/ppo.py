@@ -79,8 +79,8 @@ class PPO(OnlineMethod):
     # The objective. With γ = 1, temperature 1 and no penalty, bonus or whitening of rewards its optimum is
     # π_ref·exp(r/β). Every knob that moves it says so; tests/fidelity/test_ppo_exact.py enumerates where to.
     kl_coef: float = Field(0.05, ge=0)
-    """β, score per nat of KL to the reference. 0 cuts the tether; the reference is held anyway, so that it can be
-    raised."""
+    """β, score per nat of KL to the reference: the optimum is π_ref·exp(r/β). 0 cuts the tether; the reference is held
+    anyway, so that it can be raised."""
     kl_in: Literal["reward", "loss"] = "reward"
     """reward: −β·k1 at each token, credited to the tokens before it. loss: β times an estimate that is differentiated;
     token-local, so that a prefix gets no credit for the divergence it leads to: the optimum moves, except for
@@ -88,8 +88,8 @@ class PPO(OnlineMethod):
     kl_estimator: Literal["auto", "k1", "k2", "k3", "ratio_k3"] = "auto"
     """auto: k1 in the reward, ratio_k3 in the loss. Estimators that do not lead to the tethered optimum are refused."""
     kl_target: float | None = Field(None, gt=0)
-    """Nats a completion. Given, a controller moves kl_coef to hold the measured KL there (Ziegler et al. 2019, §2.2); a
-    kl_coef set by hand holds the controller until kl_controller is set to 1."""
+    """Nats a completion. Given, a controller moves kl_coef to hold the measured KL there (Ziegler et al. 2019, §2.2),
+    and the optimum with it; a kl_coef set by hand holds the controller until kl_controller is set to 1."""
     kl_horizon: int = Field(10_000, gt=0)
     """Completions over which an error of the controller is corrected e-fold; its step is
     1 + clip(KL/kl_target − 1, ±0.2)·completions/kl_horizon."""
@@ -99,7 +99,7 @@ class PPO(OnlineMethod):
     units of it, so that a smaller one is usual."""
     score_normalisation: Literal["none", "running"] = "none"
     """running: scores are shifted and divided by the mean and standard deviation of all scores so far. Moves the
-    optimum: β is then in standard deviations, which change as the policy does."""
+    optimum to the one at β times that deviation, which changes as the policy does."""
     score_scale: float = Field(1.0, gt=0)
     """Scores are multiplied by this. Moves the optimum as dividing β by it would."""
     score_clip: float | None = Field(None, gt=0)
@@ -115,13 +115,18 @@ class PPO(OnlineMethod):
 
     # Credit
     gamma: float = Field(1.0, gt=0, le=1)
-    """Discount a token. Below 1 the optimum moves: late tokens are paid less for the score, and less for their KL."""
+    """Discount a token. Below 1 the optimum moves: a token is paid less for the score, and less for the KL, the further
+    ahead they are. At each token it is π_ref·exp(Q/β) with Q = r + γ·V(s′), V(s) = β·log Σ_a π_ref(a|s)·exp(Q/β) and
+    r the score at the last token, else 0."""
     lam: float = Field(0.95, ge=0, le=1)
-    """λ of generalized advantage estimation."""
+    """λ of generalized advantage estimation. Below 1 the optimum stays as far as the values are true."""
     whiten_rewards: bool = False
-    """Scale token rewards to unit variance over the rollout. Moves the optimum: β is then in other units."""
+    """Divide token rewards by their standard deviation over the rollout. The optimum stays, since the KL in them is
+    divided along; with kl_in=loss it is the one at β times that deviation. entropy_coef and ptx_coef are in its units
+    too."""
     whiten_advantages: bool = True
-    """Shift and scale advantages to mean 0 and variance 1 over the rollout's tokens."""
+    """Shift and scale advantages to mean 0 and variance 1 over the rollout's tokens. The optimum stays; with kl_in=loss
+    it is the one at β times their deviation. entropy_coef and ptx_coef are in its units too."""
 
     # The update
     num_ppo_epochs: int = Field(2, gt=0)
@@ -135,7 +140,8 @@ class PPO(OnlineMethod):
     value_model: Literal["own", "policy_trunk", "none"] = "own"
     """own: a second trunk from the policy's start. policy_trunk: a head on the policy's, half the work; value errors
     then pull at the policy too, by vf_coef. none: no value model, the light variant; a token's advantage is the score
-    less the KL still to come, less the mean score of its prompt where samples_per_prompt is above 1."""
+    less the KL still to come, less the mean score of its prompt where samples_per_prompt is above 1. But for that mean
+    the optimum is the same."""
 
     live: ClassVar = (
         LiveCoefficient(
@@ -182,7 +188,7 @@ class PPO(OnlineMethod):
             scale="log",
             unit="nats",
             meaning="KL a completion at which the controller holds the policy.",
-            enters="rollout",
+            enters="adaptation",
             unavailable_when=without_controller,
         ),
         LiveCoefficient(
@@ -190,7 +196,7 @@ class PPO(OnlineMethod):
             low=0.0,
             high=1.0,
             meaning="1: the controller moves kl_coef. 0: kl_coef stays as it was set by hand.",
-            enters="rollout",
+            enters="adaptation",
             unavailable_when=without_controller,
         ),
     )
@@ -257,8 +263,8 @@ class PPO(OnlineMethod):
     def preview_refusal(self) -> str | None:
         if self.kl_in == "loss":
             return "kl_in=loss: its optimum is not known in closed form; a preview needs kl_in=reward"
-        if self.gamma < 1 or self.whiten_rewards:
-            return "gamma below 1 and whiten_rewards move the optimum to where no closed form tells it; leave them out"
+        if self.gamma < 1:
+            return "gamma below 1 moves the optimum to where no completion's score alone tells it; leave it out"
         return super().preview_refusal()
 
     def settles_at(self, tether: float) -> float:
@@ -348,14 +354,22 @@ class PPO(OnlineMethod):
             total_BT = total_BT - live.entropy_coef * outputs.entropy_BT
         return TokenLosses(total_BT, metrics)
 
-    def after_rollout(self, rollout: Rollout, live: Live) -> None:
-        """Move kl_coef towards the KL that is wanted, unless a person holds it."""
-        from rlhf_nb.maths.controllers import adapted_kl_coef
+    def measured(self, rollout: Rollout) -> list[float] | None:
+        """KL to the reference, nats a completion, and of how many."""
         from rlhf_nb.maths.masked import masked_sum
 
-        if self.kl_target is None or live.kl_controller < 0.5:
-            return
+        if self.kl_target is None:
+            return None
         kl_B = masked_sum(rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT, rollout.mask_BT, 1)
+        return [kl_B.mean().item(), len(kl_B)]
+
+    def adapt(self, measured: list[float], live: Live) -> None:
+        """Move kl_coef towards the KL that is wanted, unless a person holds it."""
+        from rlhf_nb.maths.controllers import adapted_kl_coef
+
+        if live.kl_controller < 0.5:
+            return
+        kl, completions = measured
         live.kl_coef = adapted_kl_coef(
-            live.kl_coef, kl_B.mean().item(), target=live.kl_target, completions=len(kl_B), horizon=self.kl_horizon
+            live.kl_coef, kl, target=live.kl_target, completions=int(completions), horizon=self.kl_horizon
         )

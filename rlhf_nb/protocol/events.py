@@ -178,6 +178,9 @@ class ControlAcknowledged(Event):
     id: str
     op: str
     step: int
+    name: str | None = None
+    """Of a set: what is asked for, until a `coefficient_changed` or `control_refused` of this id."""
+    value: float | None = None
 
 
 class ControlRefused(Event):

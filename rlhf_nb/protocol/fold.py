@@ -80,6 +80,8 @@ class RunFold:
     """Control id → step at which it was read."""
     refused: dict[str, str] = field(default_factory=dict)
     """Control id → reason."""
+    asked: dict[str, ControlAcknowledged] = field(default_factory=dict)
+    """By name: a value that was read and is not in force yet."""
     failure: Failed | None = None
     held: str = ""
     """Why the run has paused by itself, until it goes on."""
@@ -105,6 +107,7 @@ class RunFold:
                 self.samples.append(event)
             case CoefficientChanged():
                 self.changes.append(event)
+                self._settle(event.id)
                 if event.name in self.coefficients:
                     self.coefficients[event.name] = self.coefficients[event.name].model_copy(
                         update={"value": event.new}
@@ -115,8 +118,11 @@ class RunFold:
                 self.rewards.append(event)
             case ControlAcknowledged():
                 self.acknowledged[event.id] = event.step
+                if event.name is not None and event.value is not None:
+                    self.asked[event.name] = event
             case ControlRefused():
                 self.refused[event.id] = event.reason
+                self._settle(event.id)
             case Paused():
                 self.state = "paused"
             case Resumed():
@@ -139,8 +145,13 @@ class RunFold:
             case Finished() | Stopped() | Failed():
                 self.state = event.kind
                 self.ended_at = event.t
+                # A restart reads what was not in force again, and acknowledges it again.
+                self.asked = {}
                 self.failure = event if isinstance(event, Failed) else None
         return True
+
+    def _settle(self, control_id: str) -> None:
+        self.asked = {name: asked for name, asked in self.asked.items() if asked.id != control_id}
 
     def _start(self, event: Started) -> None:
         self.state = "running"

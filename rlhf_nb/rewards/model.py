@@ -27,6 +27,8 @@ class RewardModelScorer:
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.max_length, self.batch_size = max_length, batch_size
+        self.emit: Emitter | None = None
+        """Is told, once, that conversations are longer than what the model reads."""
 
     @classmethod
     def load(
@@ -77,10 +79,8 @@ class RewardModelScorer:
         import torch
 
         device = next(self.model.parameters()).device
-        ids = [
-            data.conversation_ids(prompt, completion, self.tokenizer)[: self.max_length]
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        pairs = zip(prompts, completions, strict=True)
+        ids = self._that_fit([data.conversation_ids(*pair, self.tokenizer) for pair in pairs])
         scores = [math.nan] * len(ids)
         # Rows of like length together: the pads cost as much as the tokens.
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
@@ -95,6 +95,22 @@ class RewardModelScorer:
             for index, value in zip(indices, logits[:, 0].float().tolist(), strict=True):
                 scores[index] = value
         return finite(scores, len(ids), self.name)
+
+    def _that_fit(self, ids: list[list[int]]) -> list[list[int]]:
+        """Conversations without their beginnings, where they are too long: what is scored stands at the end."""
+        longest = self.max_length
+        if longest is None or all(len(each) <= longest for each in ids):
+            return ids
+        if self.emit is not None:
+            cut = sum(len(each) > longest for each in ids)
+            self.emit.notice(
+                "reward_model_cut",
+                f"reward model {self.name} reads {longest} tokens, and {cut} of {len(ids)} conversations are longer: "
+                f"it does not see their beginnings; give shorter prompts or a reward model with a longer context",
+                "warning",
+            )
+            self.emit = None
+        return [each[-longest:] for each in ids]
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[float]:
         return self.score(prompts, completions)

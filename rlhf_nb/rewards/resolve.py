@@ -46,8 +46,11 @@ def load(
             context.emit.notice(
                 "shared_backbone", f"{found.name} is an adapter of the policy's base: it stands on the same weights"
             )
-            return found
-        return load_reward_model(path, device=device, emit=context.emit, **over)
+        else:
+            found = load_reward_model(path, device=device, emit=context.emit, **over)
+        # Members of an ensemble read as much as each other.
+        (found.members[0] if isinstance(found, EnsembleScorer) else found).emit = context.emit
+        return found
     if isinstance(reference, NamedReward):
         if (opening := getattr(registry.rewards.get(reference.name), "open", None)) is not None:
             return checked(opening(context, reference.config), reference.name)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb import registry
-from rlhf_nb.errors import ComputeError, NotFoundError
+from rlhf_nb.errors import ComputeError, ElsewhereError, NotFoundError
 from rlhf_nb.protocol.events import TERMINAL
 from rlhf_nb.stages.resolve import NAMED_DATA, NAMED_MODELS
 
@@ -68,10 +68,12 @@ def _run_rows(workspace: Workspace, ids: list[str]) -> list[dict[str, Any]]:
         run = workspace.run(run_id)
         try:
             fold, state = run.fold, run.state
-        except ComputeError:
-            # Nothing attached (a database workspace, say): the index is what there is.
-            record = workspace.store.run(run_id)
-            rows.append({"run": run_id, "what": spec.title, "state": f"{record.state} (last seen)", "step": ""})
+        except ComputeError as error:
+            # Nothing attached, or the run is not there: the index is what there is.
+            seen = f"{workspace.store.run(run_id).state} (last seen)"
+            if isinstance(error, ElsewhereError):
+                seen += ", not on the attached compute"
+            rows.append({"run": run_id, "what": spec.title, "state": seen, "step": ""})
             continue
         died = f": {fold.failure.reason}" if state == "failed" and fold.failure else ""
         of = f"/{fold.max_steps}" if fold.max_steps else ""
@@ -88,14 +90,13 @@ def runs(workspace: Workspace) -> Table:
 def status(workspace: Workspace, most: int = 8) -> Table:
     """What is attached, which workspace, and the runs: the unfinished ones and the last few."""
     ids = workspace.run_ids()
-    info = workspace.attached
     rows = _run_rows(workspace, ids[-most:])
     older = [run_id for run_id in ids[:-most] if workspace.store_state(run_id) not in TERMINAL]
     rows = _run_rows(workspace, older) + rows
     # Reading the runs may have attached this workspace again, after a kernel restart.
-    info = workspace.attached or info
+    info = workspace.attached
     lines = [
-        info.line() if info is not None else "nothing attached   %rlhf attach local starts compute here",
+        info.line() if info is not None else workspace.unattached,
         f"workspace {workspace.location} · {len(ids)} run{'s' * (len(ids) != 1)}",
     ]
     if len(ids) > len(rows):

@@ -7,7 +7,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 DATABASE_FILE = "workspace.db"
+_SECRET = re.compile("pass|secret|key|token|conninfo", re.IGNORECASE)
+"""Among libpq's parameters: password, passfile, sslpassword, sslkey, oauth_client_secret, scram_client_key, ..."""
 WRITE = "rlhf_nb_write"
 """Execution option of a connection whose transaction takes the write lock at once."""
 
@@ -33,6 +35,8 @@ class Place:
     directory: Path | None
     shown: str
     """The file, or the URL without its password: safe to print."""
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
+    """What the URL's query had for the driver that nobody may see; `url` is without it."""
 
     @property
     def is_sqlite(self) -> bool:
@@ -56,7 +60,10 @@ def locate(target: str | Path) -> Place:
         ) from None
     backend = url.get_backend_name()
     if backend in ("postgresql", "postgres"):
-        return Place(url.set(drivername="postgresql+psycopg"), None, url.render_as_string(hide_password=True))
+        secrets = {name: value for name, value in url.normalized_query.items() if _SECRET.search(name)}
+        url = url.difference_update_query(secrets)
+        given = {name: values[-1] for name, values in secrets.items()}
+        return Place(url.set(drivername="postgresql+psycopg"), None, url.render_as_string(hide_password=True), given)
     if backend == "sqlite" and url.database and url.database != ":memory:":
         return _file_place(Path(url.database).expanduser().absolute())
     raise SpecError(
@@ -120,7 +127,7 @@ def _postgres_engine(place: Place, lock_timeout_s: float) -> Engine:
     return sa.create_engine(
         place.url,
         pool_pre_ping=True,
-        connect_args={"options": timeouts, "connect_timeout": max(2, int(lock_timeout_s))},
+        connect_args={**place.secrets, "options": timeouts, "connect_timeout": max(2, int(lock_timeout_s))},
     )
 
 

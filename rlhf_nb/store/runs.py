@@ -57,6 +57,8 @@ class Runs(Audit):
     ) -> RunRecord:
         """Enter a run, under an id of `next_run_id` or one found in a run directory. Entering it again changes nothing.
 
+        A row that has no spec gets this one.
+
         Args:
             place: its run directory, as the compute host names it.
             attach: the attach it computes on.
@@ -83,6 +85,9 @@ class Runs(Audit):
             connection.execute(self._insert(runs).values(blank).on_conflict_do_nothing(index_elements=["run_id"]))
             change = runs.update().where(runs.c.run_id == run_id, runs.c.state == RESERVED)
             connection.execute(change.values(**values, created=created or blank["created"]))
+            if spec is not None:
+                lacking = runs.update().where(runs.c.run_id == run_id, runs.c.spec.is_(None))
+                connection.execute(lacking.values({key: values[key] for key in ("spec", "title", "place", "attach")}))
             return _run(connection.execute(sa.select(runs).where(runs.c.run_id == run_id)).one())
 
     def update_run(self, run_id: str, **changes: Any) -> RunRecord:
@@ -100,7 +105,8 @@ class Runs(Audit):
         if unknown:
             raise StoreError(f"a run has no field {unknown[0]!r} to change{did_you_mean(unknown[0], _CHANGEABLE)}")
         with self._write(serial="runs") as connection:
-            row = connection.execute(sa.select(runs).where(runs.c.run_id == run_id)).first()
+            # A row that only holds an id is no run: a state alone would make it one that has no spec.
+            row = connection.execute(sa.select(runs).where(runs.c.run_id == run_id, runs.c.state != RESERVED)).first()
             if row is None:
                 raise self._no_run(run_id, connection)
             if "summary" in changes:
@@ -110,6 +116,13 @@ class Runs(Audit):
             if changes:
                 connection.execute(runs.update().where(runs.c.run_id == run_id).values(**changes))
             return _run(connection.execute(sa.select(runs).where(runs.c.run_id == run_id)).one())
+
+    def forget_run(self, run_id: str) -> None:
+        """Take back the entry of a run that was never begun and has no event. Its id stays taken."""
+        never = (runs.c.state == "waiting", runs.c.last_seq < 0)
+        change = runs.update().where(runs.c.run_id == run_id, *never)
+        with self._write(serial="runs") as connection:
+            connection.execute(change.values(state=RESERVED, spec=None, title=None, place=None, attach=None))
 
     def run(self, run_id: str) -> RunRecord:
         """A run by id.
@@ -134,12 +147,18 @@ class Runs(Audit):
             return [_run(row) for row in connection.execute(query)]
 
     def add_events(
-        self, run_id: str, events: Iterable[Mapping[str, Any]], *, audited: Mapping[int, Link] | None = None
+        self,
+        run_id: str,
+        events: Iterable[Mapping[str, Any]],
+        *,
+        audited: Mapping[int, Link] | None = None,
+        last_seq: int = -1,
     ) -> int:
         """Index events of a run. Those whose `seq` is there already change nothing.
 
         Args:
             events: dicts, or pydantic models, each with an integer `seq`.
+            last_seq: How far the log was read, where that is further than the last of these.
             audited: By `seq`, what the audit chain gets for an event: with it or not at all, and once, whoever indexes
                 the run beside.
 
@@ -148,7 +167,7 @@ class Runs(Audit):
         """
         # A slow source must not hold the write lock.
         events = [event if isinstance(event, Mapping) else event.model_dump(mode="json") for event in events]
-        batch, last = [], -1
+        batch, last = [], last_seq
         new: list[int] = []
         audited = audited or {}
         # Drivers do not agree on the row count of many inserts; what comes back is what was new.
@@ -165,7 +184,7 @@ class Runs(Audit):
             for seq in sorted(set(new) & audited.keys()):
                 action, who, detail = audited[seq]
                 self._append(connection, action, run_id, canonical_json(dict(detail)), who)
-            if new:
+            if last >= 0:
                 connection.execute(
                     runs.update().where(runs.c.run_id == run_id, runs.c.last_seq < last).values(last_seq=last)
                 )

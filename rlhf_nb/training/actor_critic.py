@@ -227,8 +227,12 @@ def load(
     value_model: Literal["own", "policy_trunk", "none"],
     reference: Literal["frozen", "ema", "none"] = "frozen",
     precision: Literal["fp32", "bf16"] = "fp32",
+    sharded: bool = False,
 ) -> tuple[ActorCritic, Reference]:
     """Policy, value model and reference, all three from the policy's start.
+
+    Args:
+        sharded: Weights will be sharded over the ranks, each for one module alone.
 
     Every module stays in eval mode: with dropout the ratio of a policy to itself would not be one.
     """
@@ -239,8 +243,9 @@ def load(
     backbone = same_weights(trunk) if context.spec.adapter is not None else None
     critic = None
     if value_model == "own":
-        # Under LoRA both train adapters only: the weights below them are one and the same.
-        critic = same_weights(trunk) if context.spec.adapter is not None else copy.deepcopy(trunk)
+        # Under LoRA both train adapters only: the weights below them are one and the same, where one can stand for two.
+        shares = context.spec.adapter is not None and not sharded
+        critic = same_weights(trunk) if shares else copy.deepcopy(trunk)
     width = trunk.config.get_text_config().hidden_size if value_model != "none" else None
     if context.spec.adapter is not None:
         from peft import get_peft_model

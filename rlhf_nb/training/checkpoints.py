@@ -39,7 +39,22 @@ def publish(run_dir: Path, step: int, written: Path) -> Path:
     target = directory(run_dir, step)
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
+        old = _put_aside(target)
         os.replace(written, target)
+        shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def discard(path: Path) -> None:
+    """Take a checkpoint out of the list at once, whatever happens while its files go."""
+    shutil.rmtree(_put_aside(path), ignore_errors=True)
+
+
+def _put_aside(path: Path) -> Path:
+    # No name that a trainer of transformers would take for one of its checkpoints.
+    aside = path.parent / SCRATCH / f"old-{path.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.exists():
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, aside)
+    return aside

@@ -72,11 +72,11 @@ def _sampled(
         sampled = trainer.sampler.sample(prompts, noise, temperature=temperature)
         sampled_at = time.perf_counter()
         texts = trainer.texts(sampled.tokens_BT, sampled.mask_BT)
-        asked = [trainer.rows[indices[row]] for row in mine]
+        asked, at = [trainer.rows[indices[row]] for row in mine], [first + row for row in mine]
         part = {
-            "scores": trainer.scoring.rollout(trainer.rollouts, asked, texts, [first + row for row in mine]),
-            "gold": trainer.scoring.golds(asked, texts),
-            "reference_scores": trainer.reference_scores([indices[row] for row in mine]),
+            "scores": trainer.scoring.rollout(trainer.rollouts, asked, texts, at),
+            "gold": trainer.scoring.rollout_golds(trainer.rollouts, asked, texts, at),
+            "reference_scores": trainer.reference_scores([indices[row] for row in mine], at),
         }
         scored_at = time.perf_counter()
         part |= _read_all(trainer, prompts, sampled, temperature)

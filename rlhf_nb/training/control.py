@@ -33,6 +33,7 @@ from rlhf_nb.protocol.events import (
     Resumed,
     RewardReplaced,
 )
+from rlhf_nb.protocol.spec import describe
 
 if TYPE_CHECKING:
     from rlhf_nb.compute.rundir import LineTail
@@ -59,6 +60,15 @@ class BoundCoefficient:
     read: Callable[[], float]
     write: Callable[[float], None]
     unavailable_reason: str | None = None
+    waits: Callable[[], bool] | None = None
+    """Whether nothing reads it yet at the boundary that has come."""
+
+    def enters_now(self, rollout: bool) -> bool:
+        """
+        Args:
+            rollout: A new one starts at the boundary.
+        """
+        return (rollout or self.coefficient.enters == "update") and not (self.waits is not None and self.waits())
 
     def describe(self, method: Any) -> Coefficient:
         described = self.coefficient.describe(self.read(), method)
@@ -173,18 +183,24 @@ class ControlLoop:
     def _take(self, step: int) -> None:
         for control in self._poll():
             self._seen.add(control.id)
+            name, value = None, None
             match control:
                 case SetCoefficient():
                     reason = self._refusal(control)
                     if reason:
                         self._emit(ControlRefused(id=control.id, op=control.op, reason=reason))
                         continue
+                    what = f"{control.name}={control.value:g}"
+                    self._supersede(self._waiting.get(control.name), what, control.who)
                     self._waiting[control.name] = control
+                    name, value = control.name, control.value
                 case SetReward():
                     reason = self.rewards.refusal(control) if self.rewards else "this run optimises no reward"
                     if reason:
                         self._emit(ControlRefused(id=control.id, op=control.op, reason=reason))
                         continue
+                    what = f"reward {describe(control.reward)}"
+                    self._supersede(self._waiting_reward.get(control.part), what, control.who)
                     self._waiting_reward[control.part] = control
                 case Pause():
                     self.paused = True
@@ -204,7 +220,13 @@ class ControlLoop:
                         self._emit(ControlRefused(id=control.id, op=control.op, reason=reason))
                         continue
                     self.preview_requests.append(control)
-            self._emit(ControlAcknowledged(id=control.id, op=control.op, step=step))
+            self._emit(ControlAcknowledged(id=control.id, op=control.op, step=step, name=name, value=value))
+
+    def _supersede(self, earlier: SetCoefficient | SetReward | None, what: str, who: str) -> None:
+        """Of two sets at one boundary the later one comes into force; whoever waits for the first hears it."""
+        if earlier is not None:
+            reason = f"superseded by a later set, {what}" + (f" by {who}" if who else "")
+            self._emit(ControlRefused(id=earlier.id, op=earlier.op, reason=reason))
 
     def _can_preview(self, name: str) -> bool:
         bound = self._bound.get(name)
@@ -231,7 +253,7 @@ class ControlLoop:
                     self._emit(ControlRefused(id=wanted.id, op=wanted.op, reason=str(error).splitlines()[0]))
         for name, control in list(self._waiting.items()):
             bound = self._bound[name]
-            if bound.coefficient.enters == "rollout" and not rollout:
+            if not bound.enters_now(rollout):
                 continue
             del self._waiting[name]
             self._write(bound, control.value, step, id=control.id, who=control.who, why=control.why)
@@ -245,7 +267,7 @@ class ControlLoop:
                     self._emit(change.model_copy(update={"seq": 0, "t": 0.0}))
                 continue
             bound = self._bound.get(change.name)
-            if change.effective_step > step or (bound and bound.coefficient.enters == "rollout" and not rollout):
+            if change.effective_step > step or (bound is not None and not bound.enters_now(rollout)):
                 continue
             self._replay.remove(change)
             if bound is not None:

@@ -174,9 +174,12 @@ def _changes_after(place: RunDir, step: int) -> list[CoefficientChanged | Reward
     From the log itself: the fold drops them at every restart, and a second death may come before they are made again.
     """
     found: dict[str, CoefficientChanged | RewardReplaced] = {}
-    last = None
+    last, attempt = None, 0
     for event in place.events():
-        if isinstance(event, Resumed) and event.from_step is not None and not isinstance(last, Started):
+        attempt = event.attempt if isinstance(event, Started) else attempt
+        # A restart is announced twice: by the agent, with the number of the attempt to come, and by the attempt itself.
+        restart = isinstance(last, Started) or (isinstance(event, Resumed) and event.attempt != attempt)
+        if isinstance(event, Resumed) and event.from_step is not None and not restart:
             # The run went back by itself and kept what had been asked for: from then on it held at once.
             for change in found.values():
                 if change.effective_step > event.from_step + 1:

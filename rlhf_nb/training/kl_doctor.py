@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlhf_nb.maths import kl
 from rlhf_nb.maths.masked import masked_mean, masked_sum
+from rlhf_nb.training import sharding
 from rlhf_nb.training.actor_critic import trunk_and_head
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ class KLDoctor:
         self.trainer = trainer
         self.still = 0
         self.last: float | None = None
-        self.apart_by = 0.0
         self.agreed = False
         """The sampler's log-probabilities were once the trainer's."""
         self.said: set[str] = set()
+        self._rollout: Rollout | None = None
 
     @property
     def tolerance(self) -> float:
@@ -47,7 +48,7 @@ class KLDoctor:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: a restart repeats no notice and forgets no symptom."""
-        kept = {name: getattr(self, name) for name in ("still", "last", "apart_by", "agreed")}
+        kept = {name: getattr(self, name) for name in ("still", "last", "agreed")}
         return kept | {"said": sorted(self.said)}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -56,24 +57,31 @@ class KLDoctor:
 
     def look(self, rollout: Rollout) -> None:
         """Before the rollout's first update."""
-        if not self.trainer.method.has_reference:
-            return
-        for symptom, text in self._symptoms(rollout):
-            if symptom in self.said:
-                continue
-            self.said.add(symptom)
-            found = [line for check in CHECKS[symptom] if (line := check(self, rollout)) is not None]
-            level = "info" if symptom == "noise" else "warning"
-            reason = found[0] if found else OTHERWISE[symptom]
-            self.trainer.emit.notice(f"kl_doctor/{symptom}", f"{text}: {reason}", level)
+        self._rollout = rollout
+        if self.trainer.method.has_reference:
+            for symptom, text in self._symptoms(rollout):
+                self._say(symptom, text, rollout)
 
     def compared(self, nats: float) -> None:
-        """What a rollout's first update measured: mean |log π_trainer − log π_sampler| a token.
+        """What a rollout's first update measured, before it moved a weight: mean |log π_trainer − log π_sampler| a
+        token."""
+        rollout, self._rollout = self._rollout, None
+        if nats <= self.tolerance:
+            self.agreed = True
+        elif rollout is not None:
+            text = f"sampler and trainer differ by {nats:.3g} nats a token, where {self.tolerance:g} is rounding"
+            # A forward outside would leave sharded weights half together before the step that is to come.
+            with sharding.gathered(self.trainer.module):
+                self._say("mismatch", text, rollout)
 
-        By then the policy has moved on: what is wrong is looked for at the next rollout.
-        """
-        self.agreed |= nats <= self.tolerance
-        self.apart_by = nats
+    def _say(self, symptom: str, text: str, rollout: Rollout) -> None:
+        if symptom in self.said:
+            return
+        self.said.add(symptom)
+        found = [line for check in CHECKS[symptom] if (line := check(self, rollout)) is not None]
+        level = "info" if symptom == "noise" else "warning"
+        reason = found[0] if found else OTHERWISE[symptom]
+        self.trainer.emit.notice(f"kl_doctor/{symptom}", f"{text}: {reason}", level)
 
     def _symptoms(self, rollout: Rollout) -> Iterator[tuple[str, str]]:
         difference_BT = rollout.behavior_logprobs_BT - rollout.reference_logprobs_BT
@@ -81,9 +89,6 @@ class KLDoctor:
         mean, error = kl_B.mean().item(), (kl_B.std() / len(kl_B) ** 0.5).item() if len(kl_B) > 1 else 0.0
         apart = masked_mean(difference_BT.abs(), rollout.mask_BT).item()
         before, self.last = self.last, mean
-        if self.apart_by > self.tolerance:
-            nats = f"{self.apart_by:.3g} nats a token, where {self.tolerance:g} is rounding"
-            yield "mismatch", f"sampler and trainer differ by {nats}"
         if self.trainer.step == 0:
             if apart > self.tolerance:
                 yield "start", f"KL is {mean:.3g} nats before the first step, where policy and reference are one model"

@@ -9,7 +9,7 @@ import torch
 
 from rlhf_nb.errors import ComputeError
 from rlhf_nb.protocol.events import Resumed
-from rlhf_nb.training import checkpoints, distributed
+from rlhf_nb.training import checkpoints, distributed, sharding
 from rlhf_nb.training.online_checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
@@ -53,17 +53,27 @@ def hold(trainer: OnlineTrainer, error: NotFiniteError, batch: Minibatch, temper
     if trainer.method.on_not_finite == "fail":
         raise error
     failed_at, asked, saved = trainer.step, dict(vars(trainer.live)), checkpoints.newest_first(context.run_dir)
-    rewards = list(trainer.scoring.parts)
+    scoring = trainer.scoring
+    rewards, last = list(scoring.parts), scoring.last
+    beyond_use = []
     for path in saved:
         trainer.step, trainer.rollouts = load_checkpoint(path, trainer)
         if _speaks(trainer, batch, temperature):
             break
+        beyond_use.append(path)
     else:
         if saved or not _speaks(trainer, batch, temperature):
             raise error
     # What a person asked for since then still holds.
     vars(trainer.live).update(asked)
-    trainer.scoring.parts = rewards
+    scoring.parts, scoring.last = rewards, last
+    # kl_coef has moved by it.
+    trainer.measured = None
+    distributed.barrier()
+    if context.is_main:
+        # A restart would take the newest that is there.
+        for path in beyond_use:
+            checkpoints.discard(path)
     trainer.optimizer.zero_grad(set_to_none=True)
     context.control.paused = True
     if saved:
@@ -84,9 +94,10 @@ def hold(trainer: OnlineTrainer, error: NotFiniteError, batch: Minibatch, temper
 @torch.no_grad()
 def _speaks(trainer: OnlineTrainer, batch: Minibatch, temperature: float) -> bool:
     """Whether the models give finite numbers for a minibatch; the same answer on every rank."""
-    logprobs, _, values = trainer.module(
-        batch.tokens_BL, batch.attention_mask_BL, batch.mask_BT, temperature=temperature, with_entropy=False
-    )
+    with sharding.gathered(trainer.module):
+        logprobs, _, values = trainer.module(
+            batch.tokens_BL, batch.attention_mask_BL, batch.mask_BT, temperature=temperature, with_entropy=False
+        )
     sound = all(each[batch.mask_BT].isfinite().all() for each in (logprobs, values))
     return all(distributed.gather_objects(bool(sound)))
 
@@ -99,9 +110,10 @@ def _culprit(trainer: OnlineTrainer, batch: Minibatch, temperature: float, loss:
     for name in ("behavior_logprobs_BT", "reference_logprobs_BT", "values_BT", "returns_BT", "advantages_BT"):
         if not getattr(batch, name)[batch.mask_BT].isfinite().all():
             return name.removesuffix("_BT").replace("_", " ")
-    logprobs, _, values = trainer.module(
-        batch.tokens_BL, batch.attention_mask_BL, batch.mask_BT, temperature=temperature
-    )
+    with sharding.gathered(trainer.module):
+        logprobs, _, values = trainer.module(
+            batch.tokens_BL, batch.attention_mask_BL, batch.mask_BT, temperature=temperature
+        )
     for what, tensor in (("the policy's log-probabilities", logprobs), ("the values", values)):
         if not tensor[batch.mask_BT].isfinite().all():
             return what

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ from rlhf_nb.training.prompt_order import prompts_that_fit
 from rlhf_nb.training.reference_said import ReferenceSaid
 from rlhf_nb.training.rollout.base import Sampler
 from rlhf_nb.training.rollout.choose import sampler_for
+from rlhf_nb.training.rollout.cuda_graphs import GraphSampler
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 from rlhf_nb.training.sampling import end_tokens
 from rlhf_nb.training.scoring import Scoring
@@ -66,7 +68,12 @@ class OnlineTrainer:
         path = context.model_path(context.spec.policy)
         self.tokenizer = models.load_tokenizer(path, self.emit)
         self.module, self.reference = actor_critic.load(
-            context, path, value_model=method.values, reference=method.reference, precision=method.precision
+            context,
+            path,
+            value_model=method.values,
+            reference=method.reference,
+            precision=method.precision,
+            sharded=self.sharded,
         )
         if self.sharded:
             # What stands on weights that are not sharded would keep them all.
@@ -80,7 +87,7 @@ class OnlineTrainer:
             raise SpecError(f"{method.name}: no reward; give reward= a reward model, a registered name or a function")
         self.live: Any = SimpleNamespace(**method.start_values(context.spec))
         backbone = (path, self.reference.backbone) if self.reference.backbone is not None else None
-        self.scoring = Scoring(method, context, self.live, self.device, backbone)
+        self.scoring = Scoring(method, context, self.live, self.device, tokenizer=self.tokenizer, backbone=backbone)
 
         if method.gradient_checkpointing:
             actor_critic.without_dropout(self.module)
@@ -106,6 +113,8 @@ class OnlineTrainer:
         """Rollouts used up."""
         self.prompts = 0
         """Prompts drawn so far."""
+        self.measured: list[float] | None = None
+        """What the last rollout has the next one's coefficients moved by."""
         self._between_rollouts = True
         self._hooks_s = 0.0
         self._used_up_at = self._waiting_for = 0
@@ -115,8 +124,12 @@ class OnlineTrainer:
         self.samples = SampleTable(self)
         self.reference_said = ReferenceSaid(self)
         self.report = Report(self)
-        # A rank sees its shard of a gradient only.
-        self.noise = GradientNoise([] if self.sharded else trained)
+        # Sharding has put others in the place of those that trained until now.
+        sharded = [p for p in self.module.parameters() if p.requires_grad] if self.sharded else None
+        self.noise = GradientNoise(sharded or trained, total=self._added_up if self.sharded else None)
+
+    def _added_up(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
 
     def _optimizer(self, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"lr": self.method.learning_rate, "eps": ADAM_EPS, "weight_decay": 0.0}
@@ -130,8 +143,23 @@ class OnlineTrainer:
         found = models.require_bitsandbytes(f"{self.method.name}: optimizer=adamw_8bit", "use optimizer=adamw")
         return found.optim.AdamW8bit(trained, **settings)
 
-    def make_sampler(self, trunk: Any, head: Any, value_head: Any = None) -> TransformersSampler:
-        return TransformersSampler(
+    def make_sampler(
+        self, trunk: Any, head: Any, value_head: Any = None, *, graphs: bool = False
+    ) -> TransformersSampler:
+        if graphs and self.device.type != "cuda":
+            raise SpecError(
+                f"{self.method.name}: cuda_graphs=True needs a CUDA device and this one is {self.device.type}; leave "
+                f"it out"
+            )
+        if graphs and self.sharded:
+            raise SpecError(
+                f"{self.method.name}: cuda_graphs=True reads weights where they lie, and FSDP moves them; leave it out"
+            )
+        made: Any = TransformersSampler
+        if graphs:
+            limit = self.method.max_new_tokens
+            made = partial(GraphSampler, room=max(map(len, self.prompt_ids)) + limit, limit=limit)
+        return made(
             trunk,
             head,
             end_tokens=end_tokens(self.module.policy, self.tokenizer),
@@ -158,6 +186,9 @@ class OnlineTrainer:
             self.checkpointed = self.step
         self.report.tether()
         while self._goes_on(new_rollout=True):
+            measured, self.measured = self.measured, None
+            if measured is not None:
+                self.method.adapt(measured, self.live)
             with sharding.gathered(self.module):
                 rollout, seconds = self.collect()
                 if self._good_enough(rollout):
@@ -178,8 +209,6 @@ class OnlineTrainer:
                     not_finite.hold(self, error, minibatch, rollout.temperature)
                     held = True
                     break
-                if not index:
-                    self.doctor.compared(metrics["rollout/logprob_mismatch"])
                 updating_s += metrics["time/step_s"]
                 if self._far_enough(metrics):
                     break
@@ -188,9 +217,9 @@ class OnlineTrainer:
                 continue
             with sharding.gathered(self.module):
                 self.report.update(rollout, updating_s)
-            self.method.after_rollout(rollout, self.live)
-            if self.method.reference == "ema":
-                self.reference.follow(self.module.policy, self.method.reference_decay)
+                if self.method.reference == "ema":
+                    self.reference.follow(self.module.policy, self.method.reference_decay)
+            self.measured = self.method.measured(rollout)
             self.rollouts += 1
             self._between_rollouts = True
             self._checkpoint_when_due()
@@ -252,6 +281,8 @@ class OnlineTrainer:
             lambda: getattr(self.live, live.name),
             lambda value: setattr(self.live, live.name, value),
             live.unavailable_when(self.method) if live.unavailable_when else None,
+            # What moves by a measurement is not in use before there is one.
+            waits=(lambda: self.measured is None) if live.enters == "adaptation" else None,
         )
 
     def _serve_while_paused(self) -> None:
@@ -322,14 +353,23 @@ class OnlineTrainer:
         rows = [t[m].tolist() for t, m in zip(tokens_BT, mask_BT, strict=True)]
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
-    def reference_scores(self, indices: list[int]) -> list[list[list[float]]] | None:
-        """(B, R, M) scores of what the reference says to each prompt; None where nothing is compared with it."""
+    def reference_scores(self, indices: list[int], at: list[int] | None = None) -> list[list[list[float]]] | None:
+        """(B, R, M) scores of what the reference says to each prompt; None where nothing is compared with it.
+
+        Args:
+            at: Numbers of the completions in the rollout that are compared with it; None where they are only looked at.
+        """
         R = self.method.compared_with
         if not R:
             return None
         said = self.reference_said(indices)
         rows = [self.rows[index] for index in indices for _ in range(R)]
-        scores_NM = self.scoring.scores(rows, [text for texts in said for text in texts])
+        texts = [text for each in said for text in each]
+        if at is None:
+            scores_NM = self.scoring.scores(rows, texts)
+        else:
+            places = [row * R + each for row in at for each in range(R)]
+            scores_NM = self.scoring.compared(self.rollouts, rows, texts, places)
         return [scores_NM[at : at + R] for at in range(0, len(scores_NM), R)]
 
     # --- the update -------------------------------------------------------------------------------------------------
@@ -371,13 +411,13 @@ class OnlineTrainer:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
+        # transformers checkpoints activations in train mode only; there is no dropout left that it could turn on.
+        self.model.train(self.method.gradient_checkpointing)
         pretraining = None
         if self.pretraining is not None and self.live.ptx_coef > 0:
             with self.accelerator.no_sync(self.model):
                 pretraining = self.pretraining.backward()
         parts = self.shares(len(batch.mask_BT))
-        # transformers checkpoints activations in train mode only; there is no dropout left that it could turn on.
-        self.model.train(self.method.gradient_checkpointing)
         for index, (rows, counts) in enumerate(parts):
             part = batch.rows(rows).trimmed()
             kept = sums if counts else None
@@ -397,6 +437,8 @@ class OnlineTrainer:
         metrics["optimizer/learning_rate"] = rate
         # Before they are scaled: a norm that is not finite would make every gradient so, and hide which it was.
         not_finite.check(self, metrics, batch, temperature)
+        if as_sampled:
+            self.doctor.compared(metrics["rollout/logprob_mismatch"])
         self._clip(norms)
         self.optimizer.step()
         self.step += 1

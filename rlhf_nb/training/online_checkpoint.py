@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_nb.compute.rundir import storage_errors
 from rlhf_nb.errors import ComputeError
 from rlhf_nb.protocol.events import CheckpointSaved
-from rlhf_nb.training import checkpoints, distributed, sharding
+from rlhf_nb.training import checkpoints, distributed, rng, sharding
 
 if TYPE_CHECKING:
     from rlhf_nb.training.online import OnlineTrainer
@@ -42,9 +40,12 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
     )
     distributed.barrier()
     with storage_errors(scratch):
-        torch.save(_generators(), scratch / f"generators-{trainer.context.rank}.pt")
-        if said := trainer.reference_said.state():
-            (scratch / f"reference-said-{trainer.context.rank}.json").write_text(json.dumps(said), encoding="utf-8")
+        mine: dict[str, Any] = {
+            "generators": rng.generators(),
+            "reference_said": trainer.reference_said.state(),
+            "scored": trainer.scoring.last,
+        }
+        (scratch / f"rank-{trainer.context.rank}.json").write_text(json.dumps(mine), encoding="utf-8")
         if trainer.context.is_main:
             save_file(weights, scratch / "trained.safetensors")
             torch.save(optimizer, scratch / "optimizer.pt")
@@ -58,6 +59,8 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
                 "doctor": trainer.doctor.state(),
                 "live": vars(trainer.live),
                 "moments": trainer.moments.state(),
+                "measured": trainer.measured,
+                "samples": trainer.samples.state(),
                 "rewards": trainer.scoring.state(),
             }
             (scratch / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
@@ -86,9 +89,6 @@ def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
         sharding.load_optimizer_state(trainer.module, trainer.optimizer.optimizer, optimizer)
     else:
         trainer.optimizer.load_state_dict(optimizer)
-    generators = path / f"generators-{trainer.context.rank}.pt"
-    if generators.exists():
-        _restore(torch.load(generators, weights_only=True))
     counters = json.loads((path / "counters.json").read_text(encoding="utf-8"))
     trainer.prompts = counters["prompts"]
     trainer.report.said = set(counters.get("said", []))
@@ -97,29 +97,16 @@ def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:
     vars(trainer.live).update(counters.get("live", {}))
     trainer.moments.load(counters.get("moments"))
     trainer.scoring.load_state(counters.get("rewards", []))
-    if (said := path / f"reference-said-{trainer.context.rank}.json").exists():
-        trainer.reference_said.load_state(json.loads(said.read_text(encoding="utf-8")))
+    trainer.measured = counters.get("measured")
+    trainer.scoring.journal.forget(counters["rollouts"])
+    trainer.samples.load_state(counters.get("samples", {}))
+    if (kept := path / f"rank-{trainer.context.rank}.json").exists():
+        mine = json.loads(kept.read_text(encoding="utf-8"))
+        rng.put_back(mine["generators"])
+        trainer.reference_said.load_state(mine["reference_said"])
+        trainer.scoring.last = mine["scored"]
     if (path / REFERENCE).exists():
         with torch.no_grad():
             for name, weight in load_file(path / REFERENCE).items():
                 trainer.reference.state()[name].copy_(weight)
     return counters["step"], counters["rollouts"]
-
-
-def _generators() -> dict[str, Any]:
-    """Python's, NumPy's and torch's. The loop draws from none of them, but a reward function may."""
-    version, numbers, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": (version, list(numbers), gauss),
-        "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
-        "torch": torch.get_rng_state(),
-    }
-
-
-def _restore(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])

@@ -21,7 +21,6 @@ from rlhf_nb.protocol.events import RewardReplaced
 from rlhf_nb.training import checkpoints, data, distributed
 from rlhf_nb.training.control import BoundCoefficient
 from rlhf_nb.training.prompt_order import prompts_that_fit
-from rlhf_nb.training.rng import undisturbed
 from rlhf_nb.training.scoring import Scoring
 
 if TYPE_CHECKING:
@@ -60,7 +59,8 @@ class PairScoring:
         """Load the rewards onto the trainer's device, and put back those that replaced others before the checkpoint."""
         self._trainer = trainer
         method: Any = self.method
-        self.scoring = Scoring(method, self.context, self.live, trainer.accelerator.device)
+        device, tokenizer = trainer.accelerator.device, trainer.processing_class
+        self.scoring = Scoring(method, self.context, self.live, device, tokenizer=tokenizer)
         context = self.context
         context.control.rewards = self.scoring
         if context.resume_from is not None:
@@ -85,12 +85,12 @@ class PairScoring:
         rows = [self.context.rows[index] for index in row]
         texts = [(one if isinstance(one, str) else one[-1]["content"]).strip() for one in completions]
         first = self.context.rank * len(texts)
-        said = self.scoring.rollout(self._number(), rows, texts, range(first, first + len(texts)))
+        number, at = self._number(), range(first, first + len(texts))
+        said = self.scoring.rollout(number, rows, texts, at)
         scores_BM = torch.tensor(said, dtype=torch.float64)
         score_B = self.scoring.combined(scores_BM)
         took = time.perf_counter() - began
-        with undisturbed():
-            golds = self.scoring.golds(rows, texts)
+        golds = self.scoring.rollout_golds(number, rows, texts, at)
         lengths, ended = zip(*(self._extent(ids) for ids in completion_ids), strict=True)
         self._seen.append(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,10 @@ POLICY_STREAM, REFERENCE_STREAM = 1 << 60, 1 << 61
 """Far above any rollout's number: looking at samples never draws a number that training draws."""
 
 
+Worth = tuple[float | None, float | None]
+"""Score and gold."""
+
+
 @dataclass(frozen=True)
 class _Said:
     text: str
@@ -46,7 +51,11 @@ class SampleTable:
         self.rows: list[dict[str, Any]] = list({repr(row["prompt"]): row for row in rows}.values())
         order = np.random.default_rng([trainer.method.seed, 2]).permutation(len(self.rows)).tolist()
         self.fixed, self.others = order[:FIXED], order[FIXED:]
-        self._reference_said: dict[tuple[str, float], _Said] = {}
+        self._reference_said: dict[tuple[str, float], tuple[str, int]] = {}
+        """Text and tokens, by prompt and temperature."""
+        self._reference_worth: dict[tuple[str, float], Worth] = {}
+        self._worth_by = ""
+        """The rewards that said so: others have to say it anew."""
 
     def periodic(self) -> None:
         trainer = self.trainer
@@ -69,8 +78,10 @@ class SampleTable:
         ids = [data.prompt_ids(prompt, trainer.tokenizer)[-trainer.prompt_room :] for prompt in prompts]
         temperature = trainer.temperature
         trainer.sampler.refresh(trainer.step)
-        completions = self._sample(trainer.sampler, ids, POLICY_STREAM + trainer.step, temperature)
-        now = self._say(rows, completions)
+        completions = self._sample(trainer.sampler, ids, POLICY_STREAM + trainer.step, range(len(ids)), temperature)
+        said = self._texts(completions)
+        worth = self._worth(rows, [text for text, _ in said])
+        now = [_Said(*one, *each) for one, each in zip(said, worth, strict=True)]
         before: Sequence[_Said | None] = [None] * len(rows)
         kl: Sequence[float | None] = [None] * len(rows)
         if trainer.method.has_reference:
@@ -91,14 +102,18 @@ class SampleTable:
             for prompt, said, old, nats in zip(prompts, now, before, kl, strict=True)
         ]
 
-    def _sample(self, sampler: Sampler, ids: list[list[int]], stream: int, temperature: float) -> Completions:
+    def _sample(
+        self, sampler: Sampler, ids: list[list[int]], stream: int, keys: Sequence[int], temperature: float
+    ) -> Completions:
         method = self.trainer.method
-        noise = uniforms(method.seed, stream, range(len(ids)), method.max_new_tokens)
-        return sampler.sample(ids, noise, temperature=temperature)
+        return sampler.sample(ids, uniforms(method.seed, stream, keys, method.max_new_tokens), temperature=temperature)
 
-    def _say(self, rows: Sequence[dict[str, Any]], completions: Completions) -> list[_Said]:
+    def _texts(self, completions: Completions) -> list[tuple[str, int]]:
+        texts = self.trainer.texts(completions.tokens_BT, completions.mask_BT)
+        return list(zip(texts, completions.mask_BT.sum(1).tolist(), strict=True))
+
+    def _worth(self, rows: Sequence[dict[str, Any]], texts: list[str]) -> list[Worth]:
         trainer = self.trainer
-        texts = trainer.texts(completions.tokens_BT, completions.mask_BT)
         scores: Sequence[float | None]
         golds: Sequence[float | None] | None
         try:
@@ -111,23 +126,43 @@ class SampleTable:
                 "samples_not_scored", f"samples at step {trainer.step} have no score: {error}", "warning"
             )
             scores, golds = [None] * len(texts), None
-        lengths = completions.mask_BT.sum(1).tolist()
-        return [_Said(text, lengths[i], scores[i], golds[i] if golds else None) for i, text in enumerate(texts)]
+        return [(score, golds[i] if golds else None) for i, score in enumerate(scores)]
 
     def _before(self, rows: Sequence[dict[str, Any]], ids: list[list[int]], temperature: float) -> list[_Said]:
         """A reference that does not change is asked once for each prompt."""
         trainer = self.trainer
-        if trainer.method.reference == "ema":
+        moves = trainer.method.reference == "ema"
+        if moves:
             self._reference_said.clear()
+        if moves or self._worth_by != trainer.scoring.standing():
+            self._reference_worth.clear()
+            self._worth_by = trainer.scoring.standing()
         keys = [(repr(row["prompt"]), temperature) for row in rows]
         new = [i for i, key in enumerate(keys) if key not in self._reference_said]
         if new:
+            # Its chance is the prompt's: whatever else was asked for before, it says the same.
+            chance = [int.from_bytes(hashlib.sha256(keys[i][0].encode()).digest()[:7], "big") for i in new]
             with trainer.reference.open() as (trunk, head):
                 sampler = trainer.make_sampler(trunk, head)
-                completions = self._sample(sampler, [ids[i] for i in new], REFERENCE_STREAM + trainer.step, temperature)
-            said = self._say([rows[i] for i in new], completions)
+                completions = self._sample(sampler, [ids[i] for i in new], REFERENCE_STREAM, chance, temperature)
+            said = self._texts(completions)
             self._reference_said.update({keys[i]: one for i, one in zip(new, said, strict=True)})
-        return [self._reference_said[key] for key in keys]
+        unweighed = [i for i, key in enumerate(keys) if key not in self._reference_worth]
+        if unweighed:
+            worth = self._worth([rows[i] for i in unweighed], [self._reference_said[keys[i]][0] for i in unweighed])
+            self._reference_worth.update({keys[i]: one for i, one in zip(unweighed, worth, strict=True)})
+        return [_Said(*self._reference_said[key], *self._reference_worth[key]) for key in keys]
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: what the reference said, since in another batch a tie may fall otherwise."""
+        said = [[*key, *one, *self._reference_worth.get(key, ())] for key, one in self._reference_said.items()]
+        return {"reference_said": said, "worth_by": self._worth_by}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        said = state.get("reference_said", [])
+        self._reference_said = {(prompt, at): (text, length) for prompt, at, text, length, *_ in said}
+        self._reference_worth = {(prompt, at): (w[0], w[1]) for prompt, at, _, _, *w in said if w}
+        self._worth_by = state.get("worth_by", "")
 
     def _kl(self, ids: list[list[int]], completions: Completions, temperature: float) -> list[float]:
         trainer = self.trainer

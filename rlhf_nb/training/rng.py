@@ -1,11 +1,40 @@
-"""Leave no trace in a model's random state or modes."""
+"""The state of chance: kept and put back, and left as it was by what only looks."""
 
 from __future__ import annotations
 
+import base64
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+def generators() -> dict[str, Any]:
+    """Python's, NumPy's and torch's, as JSON has it. Our loops draw from none of them, but a reward may."""
+    import numpy as np
+    import torch
+
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)),
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+    }
+
+
+def put_back(state: dict[str, Any]) -> None:
+    """Generators as they were: those that are named in what `generators` gave, or in its JSON."""
+    import numpy as np
+    import torch
+
+    if "python" in state:
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+    if "numpy" in state:
+        keys, *rest = state["numpy"]
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
+    if "torch" in state:
+        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["torch"])), dtype=torch.uint8))
 
 
 @contextmanager

@@ -6,9 +6,10 @@ import hashlib
 import json
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ from rlhf_nb.protocol.events import RewardReplaced
 from rlhf_nb.protocol.spec import FunctionReward, ModelReward, NamedReward, describe, reward_parts
 from rlhf_nb.rewards.functions import RewardFunction, on_rows
 from rlhf_nb.rewards.resolve import load, scorer
-from rlhf_nb.training import distributed
+from rlhf_nb.training import distributed, rng
+from rlhf_nb.training.rng import undisturbed
 
 if TYPE_CHECKING:
     from rlhf_nb.methods.online import OnlineMethod
@@ -44,18 +46,41 @@ class Scoring:
     """Scores this rank's completions. Texts go in, never tokens: no tokenizer need be shared."""
 
     def __init__(
-        self, method: OnlineMethod, context: Context, live: Any, device: Any, backbone: tuple[str, Any] | None = None
+        self,
+        method: OnlineMethod,
+        context: Context,
+        live: Any,
+        device: Any,
+        *,
+        tokenizer: Any = None,
+        backbone: tuple[str, Any] | None = None,
     ) -> None:
-        self.method, self.context, self.live, self.device, self.backbone = method, context, live, device, backbone
+        """
+        Args:
+            tokenizer: The policy's.
+            backbone: See `rewards.resolve.load`.
+        """
+        self.method, self.context, self.live, self.device = method, context, live, device
+        self.tokenizer, self.backbone = tokenizer, backbone
         self.parts = [
             Part(part.name, part.reward, self._load(part.reward)) for part in reward_parts(context.spec.reward)
         ]
         self.gold = scorer(context, "gold", device=device)
         self.journal = Journal(context.run_dir / f"rewards-{context.rank}.jsonl", read=context.attempt > 1)
-        self._last: tuple[list[dict[str, Any]], list[str], list[list[float]]] | None = None
+        self.last: Sequence[Any] | None = None
+        """Rows, texts and (B, M) scores of the last rollout: what a reward that is put in is anchored to. A score is
+        None where the part that stands now was not asked."""
 
     def _load(self, reference: OneReward) -> RewardFunction:
-        return load(self.context, reference, device=self.device, backbone=self.backbone)
+        found = load(self.context, reference, device=self.device, backbone=self.backbone)
+        words = getattr(getattr(found, "members", [found])[0], "tokenizer", None)
+        if words is not None and self.tokenizer is not None and words.get_vocab() != self.tokenizer.get_vocab():
+            self.context.emit.notice(
+                "reward_tokenizer",
+                f"{describe(reference)} has another tokenizer than the policy: completions reach it as text and are "
+                f"tokenised again",
+            )
+        return found
 
     @property
     def names(self) -> list[str]:
@@ -69,31 +94,73 @@ class Scoring:
         Args:
             at: Each completion's number in the rollout.
         """
-        columns = []
-        for part in self.parts:
-            if isinstance(part.reference, ModelReward):
-                scores = self._call(part, rows, texts)
-            else:
-                keys = [
-                    self.journal.key(part.reference, number, row["prompt"], text, place)
-                    for row, text, place in zip(rows, texts, at, strict=True)
-                ]
-                known = self.journal.get(keys)
-                scores = known if known is not None else self._call(part, rows, texts)
-                if known is None:
-                    self.journal.put(keys, scores)
-            columns.append([score + part.shift for score in scores])
-        scores_BM = [list(row) for row in zip(*columns, strict=True)]
-        self._last = (list(rows), texts, scores_BM)
+        scores_BM = self._kept("", number, rows, texts, at)
+        self.last = (list(rows), texts, scores_BM)
         return scores_BM
 
+    def compared(
+        self, number: int, rows: Sequence[dict[str, Any]], texts: list[str], at: Sequence[int]
+    ) -> list[list[float]]:
+        """(N, M) scores of what a rollout's completions are compared with."""
+        return self._kept("compared", number, rows, texts, at)
+
     def scores(self, rows: Sequence[dict[str, Any]], texts: list[str]) -> list[list[float]]:
-        """(B, M) of completions that are only looked at or compared with: nothing is remembered."""
-        columns = [[score + part.shift for score in self._call(part, rows, texts)] for part in self.parts]
+        """(B, M) of completions that are only looked at: nothing is remembered, and no chance is used up."""
+        with undisturbed():
+            columns = [[score + part.shift for score in self._call(part, rows, texts)] for part in self.parts]
         return [list(row) for row in zip(*columns, strict=True)]
 
+    def rollout_golds(
+        self, number: int, rows: Sequence[dict[str, Any]], texts: list[str], at: Sequence[int]
+    ) -> list[float] | None:
+        """(B,) gold of a rollout's completions; None without a gold."""
+        gold = reward_parts(self.context.spec.gold)
+        if not gold:
+            return None
+        return self._once(gold[0].reward, "gold", number, rows, texts, at, lambda: self.golds(rows, texts) or [])
+
     def golds(self, rows: Sequence[dict[str, Any]], texts: list[str]) -> list[float] | None:
-        return on_rows(self.gold, rows, texts) if self.gold is not None else None
+        """(B,) gold. It is only plotted: training goes on as it would without one."""
+        if self.gold is None:
+            return None
+        what = f"gold {describe(reward_parts(self.context.spec.gold)[0].reward)}"
+        with undisturbed(), limited(self.method.reward_timeout, what):
+            return on_rows(self.gold, rows, texts)
+
+    def _kept(
+        self, what: str, number: int, rows: Sequence[dict[str, Any]], texts: list[str], at: Sequence[int]
+    ) -> list[list[float]]:
+        columns = []
+        for part in self.parts:
+            scores = self._once(part.reference, what, number, rows, texts, at, partial(self._call, part, rows, texts))
+            columns.append([score + part.shift for score in scores])
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _once(
+        self,
+        reference: OneReward,
+        what: str,
+        number: int,
+        rows: Sequence[dict[str, Any]],
+        texts: list[str],
+        at: Sequence[int],
+        call: Callable[[], list[float]],
+    ) -> list[float]:
+        """What a reward says, or said before a restart; a model's scores are worth no line."""
+        if isinstance(reference, ModelReward):
+            return call()
+        keys = [
+            self.journal.key(reference, what, number, row["prompt"], text, place)
+            for row, text, place in zip(rows, texts, at, strict=True)
+        ]
+        known = self.journal.get(keys)
+        if known is not None:
+            return known
+        before = rng.generators()
+        scores = call()
+        drew = {name: state for name, state in rng.generators().items() if state != before[name]}
+        self.journal.put(number, keys, scores, drew)
+        return scores
 
     def combined(self, scores_BM: Tensor) -> Tensor:
         """(…,) the one score of each completion, at the weights of now; `scores_BM` is (…, M)."""
@@ -103,6 +170,11 @@ class Scoring:
         flat_BM = scores_BM.reshape(-1, len(self.parts))
         by, std_coef = self.method.combine_rewards, self.live.reward_std_coef
         return combine(flat_BM, weights_M, by, std_coef=std_coef).reshape(scores_BM.shape[:-1])
+
+    def standing(self) -> str:
+        """What scores are made of now: the same text, the same score."""
+        moved = {name: value for name, value in vars(self.live).items() if name.startswith("reward_")}
+        return json.dumps([self.state(), moved], sort_keys=True)
 
     def _call(self, part: Part, rows: Sequence[dict[str, Any]], texts: list[str]) -> list[float]:
         with limited(self.method.reward_timeout, f"reward {describe(part.reference)}"):
@@ -126,27 +198,26 @@ class Scoring:
         sums, failure, new, scores = [0.0, 0.0, 0.0], None, old, list[float]()
         try:
             new = Part(old.name, control.reward, self._load(control.reward))
-            if self._last is not None:
-                rows, texts, before_BM = self._last
-                scores = self._call(new, rows, texts)
-                sums = [sum(row[index] for row in before_BM), sum(scores), float(len(scores))]
+            if self.last is not None:
+                scores = self._looked(new)
+                before = [row[index] for row in self.last[2]]
+                if None not in before:
+                    sums = [sum(before), sum(scores), float(len(scores))]
         except RlhfError as error:
             failure = str(error)
         # Every rank answers: one on which it failed must not leave the others waiting.
         answers = distributed.gather_objects((sums, failure))
         if failures := [said for _, said in answers if said is not None]:
             raise RewardError(failures[0])
-        before, after, n = (sum(each) for each in zip(*(said for said, _ in answers), strict=True))
-        new.shift = (before - after) / n if n else 0.0
-        if self._last is not None:
-            # Another part that is replaced now is anchored to it, too.
-            rows, texts, before_BM = self._last
-            there = [
-                [*row[:index], score + new.shift, *row[index + 1 :]]
-                for row, score in zip(before_BM, scores, strict=True)
-            ]
-            self._last = (rows, texts, there)
-        self.parts[index] = new
+        old_sum, new_sum, n = (sum(each) for each in zip(*(said for said, _ in answers), strict=True))
+        new.shift = (old_sum - new_sum) / n if n else 0.0
+        if not n:
+            self.context.emit.notice(
+                "reward_not_anchored",
+                f"{describe(new.reference)} is put in before anything was scored here: there is no mean to carry over, "
+                f"so its scores stand as they are",
+            )
+        self._stands(index, new, [score + new.shift for score in scores])
         return RewardReplaced(
             id=control.id,
             part=old.name,
@@ -160,9 +231,22 @@ class Scoring:
 
     def again(self, change: RewardReplaced) -> None:
         """Make a recorded change again, with the shift that it had then."""
-        function = self._load(change.new)
-        self.parts[self.names.index(change.part)] = Part(change.part, change.new, function, change.shift)
-        self._last = None
+        new = Part(change.part, change.new, self._load(change.new), change.shift)
+        self._stands(self.names.index(change.part), new, [None] * (len(self.last[2]) if self.last is not None else 0))
+
+    def _looked(self, part: Part) -> list[float]:
+        assert self.last is not None
+        rows, texts, _ = self.last
+        with undisturbed():
+            return self._call(part, rows, texts)
+
+    def _stands(self, index: int, new: Part, scores: Sequence[float | None]) -> None:
+        """From now on it is the part."""
+        self.parts[index] = new
+        if self.last is not None:
+            rows, texts, before_BM = self.last
+            pairs = zip(before_BM, scores, strict=True)
+            self.last = (rows, texts, [[*row[:index], score, *row[index + 1 :]] for row, score in pairs])
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -207,20 +291,37 @@ class Journal:
     def __init__(self, path: Path, *, read: bool) -> None:
         self.path = path
         self._known: dict[str, float] = {}
+        self._chance: dict[str, tuple[int, dict[str, Any]]] = {}
         for line in LineTail(path).read_raw() if read else ():
             # A line that a death tore is a call that is made again.
             with suppress(ValueError, KeyError):
-                self._known.update(json.loads(line)["scores"])
+                said = json.loads(line)
+                self._known.update(said["scores"])
+                if "generators" in said:
+                    self._chance[next(iter(said["scores"]))] = (said["rollout"], said["generators"])
 
     @staticmethod
-    def key(reference: OneReward, rollout: int, prompt: Any, completion: str, at: int) -> str:
+    def key(reference: OneReward, what: str, rollout: int, prompt: Any, completion: str, at: int) -> str:
         """The same completion may come twice in a rollout, and a reward may draw lots: each row has its own."""
-        what = [reference.model_dump(mode="json"), rollout, at, prompt, completion]
-        return hashlib.sha256(json.dumps(what, ensure_ascii=False).encode()).hexdigest()[:24]
+        named = [reference.model_dump(mode="json"), what, rollout, at, prompt, completion]
+        return hashlib.sha256(json.dumps(named, ensure_ascii=False).encode()).hexdigest()[:24]
 
     def get(self, keys: list[str]) -> list[float] | None:
-        """All of them or none: a reward may look at its whole batch."""
-        return [self._known[key] for key in keys] if all(key in self._known for key in keys) else None
+        """All of them or none: a reward may look at its whole batch. Chance is then as the reward had left it."""
+        if not all(key in self._known for key in keys):
+            return None
+        if keys and keys[0] in self._chance:
+            rng.put_back(self._chance[keys[0]][1])
+        return [self._known[key] for key in keys]
 
-    def put(self, keys: list[str], scores: list[float]) -> None:
-        append_line(self.path, {"scores": dict(zip(keys, scores, strict=True))})
+    def forget(self, rollouts: int) -> None:
+        """The run goes on after so many: the chance of those is needed no more, and each takes kilobytes."""
+        self._chance = {key: (number, state) for key, (number, state) in self._chance.items() if number >= rollouts}
+
+    def put(self, rollout: int, keys: list[str], scores: list[float], drew: dict[str, Any]) -> None:
+        """
+        Args:
+            drew: Generators that the call drew from, as it left them.
+        """
+        chance = {"rollout": rollout, "generators": drew} if drew else {}
+        append_line(self.path, {"scores": dict(zip(keys, scores, strict=True)), **chance})

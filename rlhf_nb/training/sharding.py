@@ -55,20 +55,6 @@ def accelerator(use_cpu: bool, method: OnlineMethod, spec: RunSpec) -> Accelerat
             f"{method.name}: adapter quantize={spec.adapter.quantize} packs weights into bytes, which FSDP does not "
             f"shard; use quantize=none"
         )
-    if spec.adapter is not None and method.values == "own":
-        raise SpecError(
-            f"{method.name}: value_model=own stands on the policy's weights under an adapter, and FSDP shards no "
-            f"weight for two; use value_model=policy_trunk"
-        )
-    if method.rollout_backend != "transformers":
-        raise SpecError(
-            f"{method.name}: rollout_backend={method.rollout_backend} takes whole weights from one rank, and FSDP "
-            f"shards them; use rollout_backend=transformers, or --multi_gpu"
-        )
-    if method.reference == "ema":
-        raise SpecError(
-            f"{method.name}: reference=ema averages whole models and FSDP shards them; use reference=frozen"
-        )
     # Else transformers would load real weights on rank 0 only, also for the reference, which is nobody's shard.
     found.state.fsdp_plugin.cpu_ram_efficient_loading = False
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -110,6 +96,36 @@ def gathered(module: nn.Module) -> Iterator[None]:
         for each in shards:
             each.reshard()
             each.set_reshard_after_forward(each is not module, recurse=False)
+
+
+def weights_now(module: nn.Module) -> dict[str, Tensor] | None:
+    """What to save of a module inside `gathered`; None where `state_dict` says it itself: of shards it makes shards."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not any(isinstance(each, FSDPModule) for each in module.modules()):
+        return None
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def held(tensor: Tensor) -> tuple[int, int]:
+    """First and one past the last of a tensor's elements, counted through all of it, that this rank holds."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.numel()
+    # Rows are dealt out as torch.chunk does: all ranks but the last have as many.
+    assert tensor.placements == (Shard(0),), "FSDP shards rows"
+    mesh = tensor.device_mesh
+    rows = -(-tensor.shape[0] // mesh.size())
+    first = min(mesh.get_local_rank() * rows, tensor.shape[0]) * tensor.shape[1:].numel()
+    return first, first + tensor.to_local().numel()
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What of a sharded tensor this rank holds; any other as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

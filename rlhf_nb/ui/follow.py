@@ -31,6 +31,7 @@ class Follower:
     method: str = ""
     fold: RunFold = field(default_factory=RunFold)
     asked: dict[str, Asked] = field(default_factory=dict)
+    """By this panel. The run itself says what others asked, and what was asked before this panel was made."""
     human: dict[int, HumanPoint] = field(default_factory=dict)
     metrics: list[str] = field(default_factory=list)
     """In the order they were first seen."""
@@ -123,7 +124,7 @@ class Follower:
             sliders = [
                 Slider(
                     **coefficient.model_dump(include=set(Slider.model_fields) - {"asked"}),
-                    asked=self.asked[name].value if name in self.asked else None,
+                    asked=self._asked(name),
                 )
                 for name, coefficient in fold.coefficients.items()
             ]
@@ -135,6 +136,11 @@ class Follower:
                 sample_steps=self.sample_steps(),
                 can_label=newest is not None and any(item.reference_completion is not None for item in newest.items),
             )
+
+    def _asked(self, name: str) -> float | None:
+        # What was asked here may not have been read yet; once it is, the two agree, or the run refused one of them.
+        asked = self.asked.get(name) or self.fold.asked.get(name)
+        return asked.value if asked is not None else None
 
     def _change(self, change: Any) -> Change:
         return Change(

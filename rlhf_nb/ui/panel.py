@@ -63,8 +63,8 @@ class Panel(anywidget.AnyWidget):
         self._asked_at = time.monotonic()
         self._run_state = "waiting"
         self._trouble = ""
-        self._mine: set[str] = set()
-        """Controls that were asked for in this panel: their refusals are news here."""
+        self._mine: dict[str, str] = {}
+        """By coefficient, the control that was asked for last in this panel: its refusal is news here."""
         self._previews: dict[str, str] = {}
         """Previews asked for here and not answered yet: id to coefficient."""
         self._desk: LabelDesk | None = None
@@ -75,6 +75,10 @@ class Panel(anywidget.AnyWidget):
         self._subscription = run.subscribe(self._on_events, since=0)
         self._sender = threading.Thread(target=self._send_loop, name=f"panel-{run.id}", daemon=True)
         self._sender.start()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
 
     def close(self) -> None:
         """End the panel's threads and its views. The run goes on."""
@@ -96,7 +100,7 @@ class Panel(anywidget.AnyWidget):
                 self._foresee(event)
             if event.kind == "control_refused" and (name := self._previews.pop(event.id, "")):
                 self._unforeseen(name, f"refused: {event.reason}")
-            elif event.kind == "control_refused" and event.id in self._mine:
+            elif event.kind == "control_refused" and event.id in self._mine.values():
                 self._say(messages.Said(level="error", text=f"refused: {event.reason}"))
         if fresh:
             self._wake.set()
@@ -283,14 +287,18 @@ class Panel(anywidget.AnyWidget):
         self._commands.submit(guarded)
 
     def _set(self, message: messages.SetAsked) -> None:
+        # That this one supersedes it is no news to whoever moves the slider, and may be heard before `set` returns.
+        earlier = self._mine.pop(message.name, "")
         try:
             pending = self._run.set(message.name, message.value, why=message.why)
         except Exception:
+            if earlier:
+                self._mine[message.name] = earlier
             # The handle goes back to the value in effect.
             with self._sending:
                 self._send_controls(always=True)
             raise
-        self._mine.add(pending.id)
+        self._mine[message.name] = pending.id
         self._follower.ask(message.name, pending.id, message.value)
         if (refused := self._follower.fold.refused.get(pending.id)) is not None:
             # The run was faster than this call.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
+import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from rlhf_nb.protocol.events import TERMINAL
 from rlhf_nb.protocol.fold import RunFold
@@ -47,33 +49,54 @@ class StaticPicture:
         return {"image/svg+xml": self.svg, "text/plain": self._text}
 
 
+_kept: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""Runs whose picture is kept current, and the display id that all its outputs share."""
+_keeping = threading.Lock()
+
+
 def follow(run: Run) -> None:
-    """Display the picture in an output of its own and keep it current until the run ends."""
+    """Display the picture in an output of its own. Every output of it is kept current until the run ends."""
     from IPython.display import display
 
-    handle = display(StaticPicture(run), display_id=True)
-    stop, wake = threading.Event(), threading.Event()
+    with _keeping:
+        picture, kept = StaticPicture(run), _kept.get(run)
+        name = kept or uuid.uuid4().hex
+        display(picture, display_id=name)
+        if kept is None and not run.fold.is_terminal:
+            _kept[run] = name
+            threading.Thread(target=_keep, args=(run, name, picture.svg), name=f"picture-{run.id}", daemon=True).start()
+
+
+def _keep(run: Run, name: str, shown: str) -> None:
+    from IPython.display import update_display
+
+    wake = threading.Event()
 
     def heard(events: list[Any]) -> None:
         if any(event.kind in TERMINAL for event in events):
-            stop.set()
             wake.set()
 
-    subscription = run.subscribe(heard, since=run.fold.last_seq)
-    if run.fold.is_terminal:
-        subscription.close()
-        return
-
-    def keep() -> None:
-        while not stop.is_set():
+    subscription = None
+    try:
+        subscription = run.subscribe(heard, since=run.fold.last_seq)
+        over = False
+        while not over:
             wake.wait(EVERY_S)
-            try:
-                handle.update(StaticPicture(run))
-            except Exception:  # noqa: BLE001 - detached or disk gone: the last picture stays, the panel says why
-                break
-        subscription.close()
-
-    threading.Thread(target=keep, name=f"picture-{run.id}", daemon=True).start()
+            wake.clear()
+            # Asked of the run itself: an event that ends it is not heard where its subscription went with its compute.
+            over = run.fold.is_terminal
+            picture = StaticPicture(run)
+            if picture.svg != shown:
+                # Every update makes the notebook one that has changes to be saved.
+                shown = picture.svg
+                update_display(picture, display_id=name)
+    except Exception:  # noqa: BLE001 - detached or disk gone: the last picture stays, the panel says why
+        pass
+    finally:
+        with _keeping:
+            _kept.pop(run, None)
+        if subscription is not None:
+            subscription.close()
 
 
 def content_hash(spec: RunSpec) -> str:

@@ -2,8 +2,8 @@
 
 A Llama of random weights (12.6 M parameters at a vocabulary of 8,000), prompts of 16 tokens, completions of `--length`
 tokens without an end token, a reward model of the policy's size; `--rows` completions a rollout in two minibatches, two
-passes over them; the same precision for rollout and update on both sides. Each arm is a process of its own; one rollout
-warms up, three count. Must: full parameters in fp32 at least 0.95 of TRL's speed (lower quartile), in bf16 at least 1.3.
+passes over them; the same precision for rollout and update on both sides. Each arm is a process of its own; of
+`--rollouts` the first warms up and the others count. Must: full parameters in fp32 at least 0.95 of TRL's speed (lower quartile), in bf16 at least 1.3.
 
 The LoRA rows do less work than TRL's with LoRA, which trains a whole value model beside the adapter, and are another
 learner: two adapters on one backbone (must 1.2), the value head on the policy's trunk (must 1.7; peak memory above imports
@@ -124,7 +124,8 @@ def run_ours(asked: dict[str, Any]) -> dict[str, float]:
     rows = [{"prompt": prompt} for prompt in prompts(asked["vocabulary"])]
     (root / f"{content_hash(rows)}.jsonl").write_bytes(encode_rows(rows))
     method = PPO(
-        max_steps=4 * ROLLOUTS, rollout_batch_size=asked["rows"], batch_size=asked["rows"] // 2, num_ppo_epochs=2,
+        max_steps=4 * asked.get("rollouts", ROLLOUTS), rollout_batch_size=asked["rows"],
+        batch_size=asked["rows"] // 2, num_ppo_epochs=2,
         max_new_tokens=asked["length"], max_length=16 + asked["length"] + 1, sample_every=0, learning_rate=1e-6,
         value_model=asked.get("value_model", "own"), precision=asked.get("precision", "fp32"),
     )  # fmt: skip
@@ -183,7 +184,8 @@ def run_trl(asked: dict[str, Any]) -> dict[str, float]:
     # A rollout is per_device_train_batch_size × gradient_accumulation_steps, whatever num_mini_batches says.
     config = PPOConfig(
         output_dir=str(root / "trl"), per_device_train_batch_size=asked["rows"], gradient_accumulation_steps=1,
-        num_mini_batches=2, total_episodes=ROLLOUTS * asked["rows"], num_ppo_epochs=2, response_length=asked["length"],
+        num_mini_batches=2, total_episodes=asked.get("rollouts", ROLLOUTS) * asked["rows"],
+        num_ppo_epochs=2, response_length=asked["length"],
         local_rollout_forward_batch_size=asked["rows"], learning_rate=1e-6, kl_coef=0.05, num_sample_generations=0,
         stop_token=None, temperature=1.0, report_to="none", save_strategy="no", use_cpu=True, logging_steps=1,
         bf16=asked.get("bf16", False), gradient_checkpointing=False, seed=0,
@@ -207,6 +209,9 @@ def main() -> None:
     made.add_argument("--length", type=int, default=48, help="tokens of a completion (default 48)")
     made.add_argument("--rows", type=int, default=16, help="completions of a rollout (default 16)")
     made.add_argument("--vocabulary", type=int, default=8000)
+    made.add_argument(
+        "--rollouts", type=int, default=ROLLOUTS, help="the first one warms up (default 4; 2 for memory alone)"
+    )
     made.add_argument("--count", action="store_true", help="count operations instead of seconds")
     made.add_argument("--only", choices=list(ROWS), action="append", help="only this row")
     made.add_argument("--arm", help="be one side of one row (used by this script)")
@@ -225,7 +230,7 @@ def main() -> None:
     with scratch(args.threads) as folder:
         save_models(folder, args.vocabulary)
         base = {"folder": str(folder), "length": args.length, "rows": args.rows, "vocabulary": args.vocabulary}
-        base["trl"] = trl
+        base |= {"trl": trl, "rollouts": args.rollouts}
         for name in wanted:
             ours, theirs = ROWS[name]
             say(name)

@@ -7,9 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -18,8 +22,9 @@ from rlhf_nb.compute import agent as agent_module
 from rlhf_nb.compute import supervisor
 from rlhf_nb.compute.agent import Agent
 from rlhf_nb.compute.rundir import EventWriter, LineTail, ProcessIdentity, RunDir, append_line, write_json
-from rlhf_nb.compute.supervisor import ensure_supervised
+from rlhf_nb.compute.supervisor import Supervisor, ensure_supervised
 from rlhf_nb.errors import ComputeError, NotFoundError, StorageError
+from rlhf_nb.protocol.control import SetCoefficient, Stop
 from rlhf_nb.protocol.events import Metric, Notice
 from rlhf_nb.protocol.spec import Launch
 
@@ -61,6 +66,26 @@ def test_a_tail_gives_whole_lines_only(tmp_path: Path) -> None:
     with open(path, "ab") as handle:
         handle.write(b"2}\n")
     assert tail.read() == [{"a": 2}]
+
+
+def test_a_line_after_a_torn_one_is_whole_and_the_torn_one_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "control.jsonl"
+    tail = LineTail(path)
+    append_line(path, {"id": "first"})
+    with open(path, "ab") as handle:
+        handle.write(b'{"id":"torn","op":"st')
+    assert tail.read() == [{"id": "first"}]
+    append_line(path, {"id": "second"})
+    append_line(path, {"id": "third"})
+    assert tail.read() == [{"id": "second"}, {"id": "third"}]
+    assert LineTail(path).read_raw() == [b'{"id": "first"}', b'{"id":"torn","op":"st', *LineTail(path).read_raw()[2:]]
+
+
+@pytest.mark.parametrize("line", [b"{", b"7", b"null", b'"stop"', b"\xff\xfe", b"\0\0\0", b""])
+def test_a_line_that_is_no_object_keeps_nobody_from_the_next(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "control.jsonl"
+    path.write_bytes(line + b'\n{"op":"stop"}\n')
+    assert LineTail(path).read() == [{"op": "stop"}]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
@@ -144,6 +169,49 @@ def test_a_supervisor_that_died_before_its_last_line_is_made_good(tmp_path: Path
     assert not ensure_supervised(run.path)
 
 
+def test_a_torn_control_line_does_not_keep_a_run_from_its_end(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "probe-x")
+    run.create(toy_spec(run_id="probe-x", parent="nobody-1"))
+    write_json(run.attempt_path, {"attempt": 1, "resume_from": None})
+    run.control_path.write_bytes(b'{"op":"stop","id":"torn\n')
+    asked = SetCoefficient(name="learning_rate", value=0.5)
+    append_line(run.control_path, asked.model_dump())
+    Supervisor(run).supervise()
+    events = run.events()
+    assert [event.id for event in events if event.kind == "control_refused"] == [asked.id]
+    assert events[-1].kind == "failed"
+
+
+def test_a_stop_is_obeyed_once_and_not_by_the_attempt_after_it(tmp_path: Path) -> None:
+    """Stopped while it waits, the run is started again; it waits until somebody stops it anew."""
+    run = RunDir(tmp_path / "probe-x")
+    parent = RunDir(tmp_path / "probe-parent")
+    for one in (parent, run):
+        one.create(toy_spec(run_id=one.run_id, parent=None if one is parent else parent.run_id))
+    write_json(run.attempt_path, {"attempt": 1, "resume_from": None})
+    first, impatient, again = Stop(), Stop(), Stop()
+    append_line(run.control_path, first.model_dump())
+    append_line(run.control_path, impatient.model_dump())
+    Supervisor(run).supervise()
+    assert (run.exit() or {})["outcome"] == "stopped"
+    assert [event.id for event in run.events() if event.kind == "control_acknowledged"] == [first.id, impatient.id]
+
+    run.exit_path.unlink()
+    write_json(run.attempt_path, {"attempt": 2, "resume_from": None})
+    watching = threading.Thread(target=Supervisor(run).supervise)
+    watching.start()
+    try:
+        until(lambda: (run.supervisor() or {})["phase"] == "waiting", 10)
+        time.sleep(20 * supervisor.POLL_S)
+        assert run.exit() is None, "the old stops were obeyed again"
+    finally:
+        append_line(run.control_path, again.model_dump())
+        watching.join(20)
+    assert (run.exit() or {})["outcome"] == "stopped"
+    acknowledged = [event.id for event in run.events() if event.kind == "control_acknowledged"]
+    assert acknowledged == [first.id, impatient.id, again.id]
+
+
 def test_nobody_is_called_to_a_run_that_is_just_being_given_to_a_standby(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +271,58 @@ def test_a_reader_starts_where_the_log_was_last_read(agent: Agent) -> None:
     said, data = agent.op_events("probe-y", 500)
     assert (said["first"], said["last"]) == (501, 1001)
     assert agent.op_events("probe-y", 5000) == ({"first": 0, "last": 0, "more": False}, b"")
+
+
+class Comm:
+    """A comm whose other side is the test."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+
+    def on_msg(self, callback: Callable[[dict[str, Any]], None]) -> None:
+        self.receive = lambda **data: callback({"content": {"data": {"id": "1", **data}}})
+
+    def on_close(self, callback: Callable[[dict[str, Any]], None]) -> None:
+        self.close = lambda: callback({})
+
+    def send(self, data: dict[str, Any], buffers: list[bytes] | None = None) -> None:
+        self.sent.append(data)
+
+
+def test_a_client_that_fell_silent_is_sent_nothing_until_it_is_heard_again(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed notebook says no farewell; a laptop that slept goes on where it was."""
+    run = RunDir(agent.runs_root / "probe-y")
+    run.create(toy_spec(run_id="probe-y"))
+    writer = EventWriter(run.events_path)
+    pings, mute = Comm(), Comm()
+    for comm in (pings, mute):
+        agent.connect(comm, {"content": {"data": {}}})
+        comm.receive(op="subscribe", sub="s", run_id="probe-y", since=0)
+
+    def pushed(comm: Comm) -> list[int]:
+        return [seq for said in comm.sent if "sub" in said for seq in range(said["first"], said["last"] + 1)]
+
+    pings.receive(op="ping")
+    writer.write(Metric(step=1, values={}))
+    until(lambda: pushed(pings) == pushed(mute) == [1], 10)
+    looks = Mock(wraps=agent.listening)
+    monkeypatch.setattr(agent, "listening", looks)
+    for session in agent.sessions:
+        session._heard -= 2 * agent_module.SILENT_S
+    assert [session.comm for session in agent.listening()] == [mute]
+    until(lambda: looks.call_count > 3, 10, "a look that was under way ends")
+    for step in (2, 3):
+        writer.write(Metric(step=step, values={}))
+    until(lambda: pushed(mute) == [1, 2, 3], 10, "who never said that it would ping is sent everything")
+    time.sleep(0.1)
+    assert pushed(pings) == [1]
+    pings.receive(op="ping")
+    until(lambda: pushed(pings) == [1, 2, 3], 10)
+    pings.close()
+    assert len(agent.sessions) == 1
+    writer.close()
 
 
 def test_runs_are_listed_oldest_first_with_their_state(agent: Agent) -> None:

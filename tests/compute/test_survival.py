@@ -10,10 +10,12 @@ import textwrap
 from pathlib import Path
 
 import psutil
+import pytest
 
 from rlhf_nb.compute.client import Client
-from rlhf_nb.compute.rundir import ProcessIdentity, RunDir, append_line, read_json
+from rlhf_nb.compute.rundir import ProcessIdentity, RunDir, append_line, read_json, write_json
 from rlhf_nb.compute.standby import Standby
+from rlhf_nb.compute.supervisor import end_tree, ensure_supervised
 from rlhf_nb.compute.transports.local import LocalKernel
 from rlhf_nb.protocol.control import SetCoefficient, Stop
 
@@ -104,7 +106,7 @@ def test_a_failed_run_restarts_from_its_last_checkpoint(attached_client: Client)
     events = client.events(spec.run_id)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     second = events[next(i for i, event in enumerate(events) if event.kind == "resumed") :]
-    assert second[0].from_step == 8
+    assert (second[0].from_step, second[0].attempt) == (8, 2)
     assert [event.step for event in second if event.kind == "metric"] == [9, 10, 11, 12]
     assert read_json(place(client, spec.run_id).path / "exit.1.json")["outcome"] == "failed"
 
@@ -121,6 +123,65 @@ def test_a_control_line_that_nobody_can_read_any_more_is_refused(attached_client
     assert ended(client, spec.run_id).kind == "failed"
     refused = [event for event in client.events(spec.run_id) if event.kind == "control_refused"]
     assert [(event.id, event.reason) for event in refused] == [(asked.id, "the run failed before this was read")]
+
+
+KILLED_AFTER_LAUNCH = """
+import os, signal, sys
+from rlhf_nb.compute import supervisor
+launch = supervisor._launch
+def launch_and_die(*arguments):
+    launch(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+supervisor._launch = launch_and_die
+supervisor.main(sys.argv[1:])
+"""
+
+
+def test_a_supervisor_killed_before_it_could_say_what_it_launched_leaves_one_job(tmp_path: Path) -> None:
+    runs_root = tmp_path / "runs"
+    run = RunDir(runs_root / "probe-orphan")
+    (runs_root / ".blobs").mkdir(parents=True)
+    for name, content in BLOBS.items():
+        (runs_root / ".blobs" / f"{name}.jsonl").write_bytes(content)
+    run.create(toy_spec(run_id=run.run_id, max_steps=20))
+    write_json(run.attempt_path, {"attempt": 1, "resume_from": None})
+    try:
+        killed = subprocess.run([sys.executable, "-c", KILLED_AFTER_LAUNCH, str(run.path)])
+        assert killed.returncode == -signal.SIGKILL
+        assert (run.supervisor() or {}).get("launcher") is None
+        orphan = run.launcher()
+        assert orphan is not None and run.alive(), "the launcher that nobody wrote down is found"
+        assert ensure_supervised(run.path)
+        known = until(lambda: (run.supervisor() or {}).get("launcher"), 60, "another supervisor watches")
+        assert known == orphan.to_dict()
+        until(run.said_its_end, what="the run has ended")
+        events = run.events()
+        assert [event.kind for event in events if event.kind in ("started", "finished")] == ["started", "finished"]
+        assert [event.seq for event in events] == list(range(1, len(events) + 1))
+        assert [event.step for event in events if event.kind == "metric"] == list(range(1, 21))
+        assert not (run.exit() or {})["out_of_memory"]
+    finally:
+        end_all(runs_root)
+        if (left := run.launcher()) is not None and left.alive():
+            end_tree(left.pid)
+
+
+@pytest.mark.parametrize("standby", [False, True])
+def test_a_launcher_that_nobody_recorded_is_known_by_its_command(tmp_path: Path, standby: bool) -> None:
+    run = RunDir(tmp_path / "probe-1")
+    run.create(toy_spec(run_id="probe-1"))
+    warm = tmp_path / ".standby" / "warm"
+    given = {"phase": "computing", "attempt": 1} | ({"standby": "warm"} if standby else {})
+    write_json(run.supervisor_path, {"pid": 2**22 - 1, "created": 1.0} | given)
+    assert run.launcher() is None and not run.alive()
+    worker = ["rlhf_nb.compute.worker", *(("--standby", str(warm)) if standby else ("--run", str(run.path)))]
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *worker]) as process:
+        try:
+            found = until(run.launcher, 10)
+            assert found.pid == process.pid and run.alive()
+            assert RunDir(tmp_path / "probe-11").launcher() is None
+        finally:
+            process.kill()
 
 
 NOTEBOOK = """

@@ -109,6 +109,27 @@ def test_a_stopped_parent_with_a_model_counts_as_finished_and_one_without_does_n
     assert end_of(client, child.run_id) == "finished"
 
 
+def test_a_stopped_run_that_is_resumed_behind_another_waits_for_its_turn(attached_client: Client) -> None:
+    client = attached_client
+    first, other = (toy_spec(max_steps=100_000, checkpoint_every=5) for _ in range(2))
+    client.submit(first, BLOBS)
+    first_metric(client, first.run_id)
+    client.control(first.run_id, Stop())
+    assert end_of(client, first.run_id) == "stopped"
+    client.submit(other, BLOBS)
+    first_metric(client, other.run_id)
+    client.resume(first.run_id)
+    until(lambda: client.status(first.run_id)["phase"] in ("queued", "ended"), 60)
+    time.sleep(1)
+    assert client.status(first.run_id)["phase"] == "queued", client.events(first.run_id)[-3:]
+    steps = len(metrics(client, first.run_id))
+    client.control(other.run_id, Stop())
+    assert end_of(client, other.run_id) == "stopped"
+    until(lambda: len(metrics(client, first.run_id)) > steps)
+    client.control(first.run_id, Stop())
+    assert end_of(client, first.run_id) == "stopped"
+
+
 @pytest.mark.parametrize(
     ("phases", "who", "ahead"),
     [

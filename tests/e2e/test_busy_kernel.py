@@ -40,14 +40,17 @@ def test_the_panel_lives_and_steers_while_the_wait_magic_waits(run_all, wait_for
     wait_for(lambda: "stopped" in scene.page.text(2), "the cell ends with the run", 60)
 
 
-def test_the_panel_lives_while_a_cell_blocks(run_all, wait_for):
+def test_the_panel_lives_while_a_cell_blocks(run_all, wait_for, lab):
     """Nothing that the page says is read; what it must know comes unasked."""
-    scene = run_all("blocks", "import time\ntime.sleep(20)\nprint('slept')")
+    until = lab.root / "until"
+    waits = f"import os, time\nwhile not os.path.exists({str(until)!r}):\n    time.sleep(0.1)\nprint('slept')"
+    scene = run_all("blocks", waits)
     wait_for(lambda: scene.rows() > 5, "the panel holds rows")
     first = scene.rows()
     wait_for(lambda: scene.rows() > first + 5, "rows go on")
     scene.page.page.wait_for_selector(".rlhf-panel canvas", timeout=60_000)
-    assert scene.page.count(2) is None, "the cell was to block all the while"
+    assert scene.page.count(2) is None, "the cell blocks all the while"
+    until.touch()
     wait_for(lambda: "slept" in scene.page.text(2), "the cell ends", 60)
     wait_for(scene.caught_up, "every point once when the kernel listens again")
     scene.steer("0.0002")

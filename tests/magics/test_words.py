@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -17,7 +18,7 @@ from rlhf_nb.protocol.events import Coefficient, Started
 
 def test_a_bare_magic_says_what_is_attached_and_which_workspace(shell):
     text = repr(shell.run("%rlhf"))
-    assert "nothing attached" in text and "rlhf-workspace" in text
+    assert "nothing is attached; %rlhf attach local" in text and "rlhf-workspace" in text
 
 
 def test_a_semicolon_at_the_end_belongs_to_the_notebook(shell):
@@ -111,7 +112,7 @@ def test_a_bad_line_is_one_line_with_the_value_and_the_way_out(shell, line, erro
 def submitting(shell):
     """What stands for the compute takes every spec and control; nothing is trained."""
     ws = workspace.current()
-    ws._client = Mock(alive=True)
+    ws._client = Mock(alive=True, info=SimpleNamespace(name="local", runs_root="/runs", host="gpu-1"))
     yield ws
     ws._client = None
 

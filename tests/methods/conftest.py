@@ -31,6 +31,13 @@ def function(name: str, value: str) -> FunctionReward:
 # Of what a random model says, half the characters or so are letters: a reward that differs between completions.
 LETTERS = function("letters", "sum(c.isascii() and c.isalpha() for c in text) / 4")
 VOWELS = function("vowels", "10 + sum(c in 'aeiou' for c in text)")
+DRAWS = FunctionReward(
+    name="draws",
+    source="def draws(prompts, completions):\n    import random\n    import numpy\n    import torch\n"
+    "    noise = random.gauss(0, 1) + numpy.random.normal() + torch.randn(()).item()\n"
+    "    return [sum(c.isalpha() for c in text) + noise for text in completions]",
+)
+"""It draws lots, from each of the generators."""
 
 
 def pretraining(job: Any, n: int = 6) -> BlobData:
@@ -113,7 +120,8 @@ def killed(*places, each: int, seed: int = 7) -> list[dict[str, Any]]:
 
 
 def same_to_the_bit(place, whole) -> None:
-    """A run that died is one that never did: its metrics, also those of attempts that were superseded, its weights."""
+    """A run that died is one that never did: its metrics and samples, also those of attempts that were superseded, and
+    its weights."""
 
     def numbers(rows) -> list[dict[str, float]]:
         return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
@@ -125,6 +133,10 @@ def same_to_the_bit(place, whole) -> None:
             (said_now,) = numbers([event.values])
             if said_now:
                 assert once.setdefault((event.step, event.rollout, *said_now), said_now) == said_now
+    shown = {event.step: event.items for event in whole.events() if event.kind == "samples"}
+    for event in place.events():
+        if event.kind == "samples":
+            assert event.items == shown[event.step]
     assert [event.seq for event in place.events()] == list(range(1, len(place.events()) + 1))
     a, b = (load_file(each.model / "model.safetensors") for each in (place, whole))
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -74,9 +74,9 @@ DETAILS = (
     Detail("blog", "the KL is taken off the reward at each token",
            "methods/test_ppo.py::test_the_policy_starts_at_the_reference_and_its_reward_is_score_minus_beta_kl"),
     Detail("blog", "rewards are whitened without their mean, advantages with it",
-           "maths/test_masked.py::test_whitening_without_the_shift_keeps_the_mean",
-           instead="over the rollout, not the minibatch: a small minibatch's statistics are noise; whiten_rewards is "
-           "off by default because it moves the optimum"),
+           "maths/test_masked.py::test_whitening_without_the_shift_only_divides",
+           instead="over the rollout, not the minibatch: a small minibatch's statistics are noise. Rewards are divided "
+           "only: OpenAI's code adds the mean back after that, which pays for length"),
     Detail("blog", "the policy's ratio is clipped",
            "maths/test_policy_gradient.py::test_gradient_vanishes_exactly_where_a_token_is_counted_as_clipped"),
     Detail("blog", "values are clipped", "maths/test_policy_gradient.py::test_value_loss_worked_example"),
@@ -100,7 +100,7 @@ DETAILS = (
            instead="it starts as the policy: a reward may be a function, an ensemble or have another tokenizer, and "
            "can be replaced in flight"),
     Detail("paper", "whitening of rewards and of advantages can be switched",
-           "fidelity/test_ppo_exact.py::test_a_knob_that_moves_the_optimum_does_move_it"),
+           "fidelity/test_ppo_exact.py::test_it_leaves_the_optimum_where_it_is"),
     Detail("paper", "the end-token trick: completions without an end are penalised",
            "methods/test_ppo.py::test_a_length_penalty_and_a_missing_end_are_taken_off_the_score"),
 )  # fmt: skip

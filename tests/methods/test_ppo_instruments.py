@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf_nb.compute.listing import last_checkpoint
 from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.errors import ComputeError
 from rlhf_nb.methods.ppo import PPO
@@ -60,7 +61,7 @@ def test_a_preview_is_answered_and_changes_nothing(ppo):
     [
         ({"reference": "none"}, "reference=none"),
         ({"kl_in": "loss"}, "a preview needs kl_in=reward"),
-        ({"gamma": 0.9}, "gamma below 1 and whiten_rewards move the optimum"),
+        ({"gamma": 0.9}, "gamma below 1 moves the optimum"),
     ],
 )
 def test_a_preview_that_cannot_be_right_is_refused(ppo, knobs, reason):
@@ -193,12 +194,22 @@ def test_another_temperature_in_the_sampler_is_found(ppo, monkeypatch):
     assert "drawn at temperature 1.5" in found["kl_doctor/start"]
 
 
+def test_a_sampler_that_differs_is_found_in_the_only_rollout_and_without_a_reference(ppo, monkeypatch):
+    genuine = TransformersSampler.sample
+    monkeypatch.setattr(
+        TransformersSampler, "sample", lambda self, p, u, *, temperature: genuine(self, p, u, temperature=1.5)
+    )
+    found = notices(ppo(max_steps=1, reference="none", kl_coef=0.0))
+    assert list(found) == ["kl_doctor/mismatch"]
+    assert "drawn at temperature 1.5 and are scored at 1" in found["kl_doctor/mismatch"]
+
+
 def test_a_sampler_with_yesterday_s_weights_is_found(ppo, monkeypatch):
     genuine = online.OnlineTrainer.make_sampler
     monkeypatch.setattr(
         online.OnlineTrainer,
         "make_sampler",
-        lambda self, trunk, head, values=None: genuine(self, copy.deepcopy(trunk), copy.deepcopy(head), values),
+        lambda self, trunk, head, values=None, **_: genuine(self, copy.deepcopy(trunk), copy.deepcopy(head), values),
     )
     found = notices(ppo(max_steps=6, learning_rate=2e-2))
     assert "it samples from weights of before" in found["kl_doctor/mismatch"]
@@ -277,6 +288,24 @@ def held(place: Any, job: Any, *then: Any) -> None:
     watching.join()
 
 
+def test_a_restart_after_the_pause_takes_the_checkpoint_that_was_good(ppo, monkeypatch):
+    """The one of step 6 is beyond use, the run is back at 4, and a person stops it there."""
+    place = ppo(prepare=True, checkpoint_every=2, max_steps=8)
+    genuine = online.OnlineTrainer.update
+
+    def update(self: Any, *arguments: Any, **named: Any) -> Any:
+        if self.step == 5 and self.context.attempt == 1:
+            self.live.learning_rate = 1e30
+        return genuine(self, *arguments, **named)
+
+    monkeypatch.setattr(online.OnlineTrainer, "update", update)
+    held(place, ppo.job, Stop())
+    path, step = last_checkpoint(place)
+    assert step == 4
+    ppo.job.run(place, attempt=2, resume_from=place.path / path)
+    assert fold(place).state != "paused" and [row["step"] for row in fold(place).table() if "loss" in row][-1] == 8
+
+
 def test_a_loss_that_is_not_finite_pauses_at_the_last_good_checkpoint_and_goes_on(ppo):
     """The rate is raised beyond reason once, and put back while the run waits."""
     place = ppo(prepare=True, checkpoint_every=2, max_steps=8)
@@ -337,6 +366,30 @@ def test_without_a_checkpoint_it_pauses_where_it_is_if_the_policy_still_speaks(p
     assert "no checkpoint was taken yet, so the weights stay as after step 3 and paused" in text
     # One gradient of many, though their norm is a norm of all.
     assert "first not finite is the gradient of policy.model.norm.weight" in text
+
+
+def test_the_controller_moves_kl_coef_once_for_each_rollout_that_was_measured(ppo, monkeypatch):
+    """The second rollout is broken off, and the third one has no measurement to go by."""
+    broken: list[int] = []
+    moved: list[float] = []
+    norms, adapt = online.OnlineTrainer._norms, PPO.adapt
+
+    def nan_once(self: Any) -> Any:
+        if self.step == 3 and not broken:
+            broken.append(self.step)
+            dict(self.module.named_parameters())["policy.model.norm.weight"].grad[0] = float("nan")
+        return norms(self)
+
+    monkeypatch.setattr(online.OnlineTrainer, "_norms", nan_once)
+
+    def counted(self: Any, measured: list[float], live: Any) -> None:
+        moved.append(measured[0])
+        adapt(self, measured, live)
+
+    monkeypatch.setattr(PPO, "adapt", counted)
+    place = ppo(prepare=True, kl_target=0.02, kl_horizon=40)
+    held(place, ppo.job, Resume())
+    assert [row["step"] for row in rollouts(place)] == [1, 3, 4, 6, 8] and len(moved) == 3
 
 
 def test_a_policy_that_no_longer_speaks_and_was_never_kept_is_a_failed_run(ppo):

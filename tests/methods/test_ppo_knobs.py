@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.errors import SpecError
 from rlhf_nb.maths.controllers import adapted_kl_coef
 from rlhf_nb.methods.ppo import PPO
@@ -24,7 +25,7 @@ from rlhf_nb.training.actor_critic import trunk_and_head
 from rlhf_nb.training.online_samples import SampleTable
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 
-from .conftest import LETTERS, ROWS, fold, killed, rollouts, same_to_the_bit
+from .conftest import DRAWS, LETTERS, ROWS, fold, killed, rollouts, same_to_the_bit
 
 CONFIG = {
     "max_steps": 16, "rollout_batch_size": 4, "batch_size": 2, "num_ppo_epochs": 2, "max_new_tokens": 6,
@@ -51,8 +52,26 @@ def test_a_kl_coef_set_by_hand_holds_the_controller_until_it_is_released(ppo):
     assert (held.old, held.new, held.effective_step, held.who) == (1.0, 0.0, 1, "mira")
     assert {row["objective/kl_coef"] for row in rollouts(place)} == {0.5}
     both = [SetCoefficient(name="kl_coef", value=0.5), SetCoefficient(name="kl_controller", value=1.0)]
-    released = rollouts(ppo("released", kl_target=0.02, kl_horizon=40, controls=both))
+    place = ppo("released", kl_target=0.02, kl_horizon=40, controls=both)
+    released = rollouts(place)
     assert released[0]["objective/kl_coef"] == 0.5 != released[1]["objective/kl_coef"]
+    # Nothing was measured before the first rollout that the controller could have read.
+    steps = {(e.name, e.new): e.effective_step for e in fold(place).changes}
+    assert steps == {("kl_coef", 0.5): 1, ("kl_controller", 0.0): 1, ("kl_controller", 1.0): 5}
+
+
+def test_a_target_that_is_set_moves_kl_coef_at_its_effective_step(ppo):
+    place = ppo(kl_target=0.02, kl_horizon=40, checkpoint_every=4)
+    before = rollouts(place)
+    append_line(place.control_path, SetCoefficient(name="kl_target", value=50).model_dump(mode="json"))
+    ppo.job.run(place, attempt=2, resume_from=checkpoints.directory(place.path, 8))
+    (change,) = fold(place).changes
+    assert (change.name, change.effective_step) == ("kl_target", 9)
+    after = rollouts(place)
+    assert after[2]["step"] == 9 and after[:2] == before[:2]
+    now, kl = after[1]["objective/kl_coef"], after[1]["kl/policy_reference"]
+    expected = adapted_kl_coef(now, kl, target=50, completions=4, horizon=40)
+    assert after[2]["objective/kl_coef"] == pytest.approx(expected) != before[2]["objective/kl_coef"]
 
 
 def test_without_a_target_the_controller_s_handles_say_why_they_are_grey(ppo):
@@ -148,9 +167,9 @@ def test_samples_are_drawn_at_the_temperature_of_their_step(ppo, monkeypatch):
     drawn: list[tuple[int, float]] = []
     genuine = SampleTable._sample
 
-    def sample(self, sampler, ids, stream, temperature):
+    def sample(self, sampler, ids, stream, keys, temperature):
         drawn.append((self.trainer.step, temperature))
-        return genuine(self, sampler, ids, stream, temperature)
+        return genuine(self, sampler, ids, stream, keys, temperature)
 
     monkeypatch.setattr(SampleTable, "_sample", sample)
     place = ppo(temperature=1.0, temperature_end=0.2, sample_every=4)
@@ -272,7 +291,10 @@ def test_an_infinite_knob_is_refused_where_it_is_written():
 
 
 def test_a_run_killed_twenty_times_in_every_phase_equals_one_that_never_was(ppo):
-    knobs = {"max_steps": 160, "checkpoint_every": 1, "kl_target": 0.5, "kl_horizon": 400, "learning_rate": 1e-3}
+    knobs = {
+        "max_steps": 160, "checkpoint_every": 1, "kl_target": 0.5, "kl_horizon": 400, "learning_rate": 1e-3,
+        "sample_every": 10, "reward": DRAWS, "gold": LETTERS,
+    }  # fmt: skip
     whole = ppo("whole", **knobs)
     place = ppo("killed", prepare=True, **knobs)
     (said,) = killed(place, each=5)

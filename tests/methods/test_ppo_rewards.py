@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlhf_nb.compute.rundir import append_line
 from rlhf_nb.data.rows import content_hash, encode_rows
 from rlhf_nb.errors import RewardError, SpecError
 from rlhf_nb.maths.rewards import combine
@@ -28,10 +29,11 @@ from rlhf_nb.protocol.spec import (
     RunSpec,
 )
 from rlhf_nb.training import checkpoints
+from rlhf_nb.training.pretraining import Pretraining
 from rlhf_nb.training.prompt_order import PromptOrder
 from rlhf_nb.training.scoring import Scoring
 
-from .conftest import LETTERS, ROWS, VOWELS, fold, function, pretraining, rollouts
+from .conftest import DRAWS, LETTERS, ROWS, VOWELS, fold, function, pretraining, rollouts
 
 CONFIG = {
     "max_steps": 8, "rollout_batch_size": 4, "batch_size": 2, "num_ppo_epochs": 1, "max_new_tokens": 6,
@@ -102,8 +104,8 @@ def test_what_the_reference_said_is_compared_with_again_after_a_restart(ppo):
     assert [r.values for r in fold(again).rows if "loss" in r.values][-1]["loss"] == (
         [r.values for r in fold(whole).rows if "loss" in r.values][-1]["loss"]
     )
-    said = checkpoints.latest(half.path)
-    assert said is not None and (said / "reference-said-0.json").exists()
+    kept = json.loads((checkpoints.latest(half.path) / "rank-0.json").read_text())
+    assert all(len(texts) == 2 for texts in kept["reference_said"].values()) and kept["reference_said"]
 
 
 # --- another reward in flight -----------------------------------------------------------------------------------------
@@ -148,6 +150,23 @@ def test_two_parts_that_are_replaced_together_are_both_anchored(ppo):
         assert one["reward/score"] == pytest.approx(other["reward/score"], abs=1e-3)
 
 
+def test_a_reward_that_is_put_in_right_after_a_restart_is_anchored_as_without_one(ppo):
+    asked = SetReward(part="letters", reward=VOWELS, id="the-change")
+    (whole,) = fold(ppo("whole", after_step_1=asked)).rewards
+    place = ppo("half", checkpoint_every=2)
+    append_line(place.control_path, asked.model_dump(mode="json"))
+    ppo.job.run(place, attempt=2, resume_from=checkpoints.directory(place.path, 2))
+    (change,) = fold(place).rewards
+    assert (change.effective_step, change.shift) == (whole.effective_step, whole.shift) == (3, whole.shift)
+    assert not [n for n in fold(place).notices if n.code == "reward_not_anchored"]
+
+
+def test_a_reward_that_is_put_in_before_anything_was_scored_says_that_it_has_no_anchor(ppo):
+    place = ppo(max_steps=2, controls=[SetReward(part="letters", reward=VOWELS)])
+    (notice,) = [n for n in fold(place).notices if n.code == "reward_not_anchored"]
+    assert notice.text.startswith("vowels is put in before anything was scored") and fold(place).rewards[0].shift == 0
+
+
 def test_a_reward_that_comes_back_keeps_its_anchor_over_a_restart(ppo):
     """letters → vowels → letters: the shift that letters has by then is no part of the spec."""
     place = ppo(prepare=True)
@@ -155,6 +174,12 @@ def test_a_reward_that_comes_back_keeps_its_anchor_over_a_restart(ppo):
     scoring = Scoring(PPO(), context, SimpleNamespace(), "cpu")
     for reward, shift in ((VOWELS, 3.0), (LETTERS, -2.0)):
         scoring.again(RewardReplaced(id="", part="letters", old="", new=reward, shift=shift, effective_step=1))
+    # It is put back without being asked: it may cost money, or be out of reach.
+    scoring.last = ([{"prompt": "p"}], ["x"], [[1.0]])
+    broken = function("broken", "1 / 0")
+    scoring.again(RewardReplaced(id="", part="letters", old="", new=broken, shift=0.0, effective_step=1))
+    assert scoring.last[2] == [[None]]
+    scoring.again(RewardReplaced(id="", part="letters", old="", new=LETTERS, shift=-2.0, effective_step=1))
     fresh = Scoring(PPO(), context, SimpleNamespace(), "cpu")
     fresh.load_state(scoring.state())
     assert [(part.reference, part.shift) for part in fresh.parts] == [(LETTERS, -2.0)]
@@ -194,6 +219,8 @@ def test_a_reward_that_hangs_is_ended_at_its_limit(ppo):
     )  # fmt: skip
     with pytest.raises(RewardError, match=r"reward slow: no answer within reward_timeout=0\.5 s"):
         ppo(reward=slow, reward_timeout=0.5)
+    with pytest.raises(RewardError, match=r"gold slow: no answer within reward_timeout=0\.5 s"):
+        ppo("gold", gold=slow, reward_timeout=0.5)
 
 
 def test_one_score_for_everything_is_said_once(ppo):
@@ -203,7 +230,8 @@ def test_one_score_for_everything_is_said_once(ppo):
 
 
 def test_what_a_reward_said_is_not_asked_again_after_a_restart(ppo, tmp_path):
-    """A reward that draws lots: the rollouts after a checkpoint are scored again as they were."""
+    """A reward that draws lots: the rollouts after a checkpoint are scored again as they were, and so are their gold
+    and what they are compared with."""
     calls = tmp_path / "calls"
     lots = FunctionReward(
         name="lots",
@@ -211,12 +239,47 @@ def test_what_a_reward_said_is_not_asked_again_after_a_restart(ppo, tmp_path):
         f"    with open({str(calls)!r}, 'a') as f: f.write('x')\n"
         "    return [int.from_bytes(os.urandom(2), 'big') / 65536 for text in completions]",
     )
-    place = ppo("lots", reward=lots, checkpoint_every=2)
-    first = [row["reward/score"] for row in rollouts(place)]
+    place = ppo("lots", reward=lots, gold=lots, preference_references=2, checkpoint_every=2)
+    first = [(row["reward/score"], row["reward/gold"]) for row in rollouts(place)]
     asked = len(calls.read_text())
     ppo.job.run(place, attempt=2, resume_from=place.path / "checkpoints" / "checkpoint-4")
-    assert [row["reward/score"] for row in rollouts(place)] == first
-    assert len(calls.read_text()) == asked == 4
+    assert [(row["reward/score"], row["reward/gold"]) for row in rollouts(place)] == first
+    assert len(calls.read_text()) == asked == 12
+
+
+def test_chance_is_as_a_reward_had_left_it_where_its_answers_are_read_again(ppo):
+    """The third rollout's are; at the fourth it is asked, and draws what it would have drawn."""
+    knobs = {"reward": DRAWS, "checkpoint_every": 2}
+    whole, place = ppo("whole", **knobs), ppo("place", **knobs)
+    journal = place.path / "rewards-0.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:3]))
+    ppo.job.run(place, attempt=2, resume_from=checkpoints.directory(place.path, 4))
+    scores = [[row["reward/score"] for row in rollouts(one)] for one in (whole, place)]
+    assert scores[0] == scores[1] and len(set(scores[0])) == 4
+
+
+def test_looking_draws_no_number_that_a_reward_draws(ppo):
+    knobs = {"reward": DRAWS, "gold": DRAWS}
+    plain, watched = (
+        ppo("plain", reward=DRAWS),
+        ppo("watched", sample_every=1, controls=[Preview(values=[0.5])], **knobs),
+    )
+    scores = [[row["reward/score"] for row in rollouts(place)] for place in (plain, watched)]
+    assert scores[0] == scores[1]
+
+
+def test_what_the_reference_said_is_scored_by_the_reward_of_now(ppo):
+    place = ppo(sample_every=1, after_step_1=SetReward(part="letters", reward=VOWELS))
+    (change,) = fold(place).rewards
+    shown = [event for event in place.events() if event.kind == "samples"]
+    for event in shown:
+        for item in event.items:
+            said = item.reference_completion
+            now = sum(c.isascii() and c.isalpha() for c in said) / 4
+            if event.step >= change.effective_step:
+                now = 10 + sum(c in "aeiou" for c in said) + change.shift
+            assert item.reference_score == pytest.approx(now)
+    assert len({event.step >= change.effective_step for event in shown}) == 2
 
 
 # --- pretraining rows and mixtures ------------------------------------------------------------------------------------
@@ -230,6 +293,18 @@ def test_pretraining_rows_are_kept_likely(ppo):
         losses[coef] = [row["loss/pretraining"] for row in fold(place).table() if "loss/pretraining" in row]
     assert losses[1e-6][0] == losses[3.0][0]
     assert losses[3.0][-1] < losses[1e-6][-1] - 0.5
+
+
+def test_activations_of_pretraining_rows_are_computed_again_too(ppo, monkeypatch):
+    modes = []
+    genuine = Pretraining.backward
+    monkeypatch.setattr(
+        Pretraining, "backward", lambda self: (modes.append(self.trainer.model.training), genuine(self))[1]
+    )
+    kept = pretraining(ppo.job)
+    for again in (True, False):
+        ppo(f"again-{again}", pretraining=kept, ptx_coef=1.0, gradient_checkpointing=again, max_steps=2)
+    assert modes == [True, True, False, False]
 
 
 def test_ptx_coef_is_live_and_weighs_the_gradient_at_its_step(ppo):

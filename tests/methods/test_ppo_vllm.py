@@ -35,8 +35,10 @@ from rlhf_nb.training.data import prompt_ids
 from rlhf_nb.training.rollout.base import uniforms
 from rlhf_nb.training.rollout.vllm_backend import VLLMSampler
 from rlhf_nb.training.rollout.vllm_engine import Drawn, Server, loopback, rank_for
+from rlhf_nb.training.rollout.vllm_nccl import NCCLTransfer
 
 from .conftest import LETTERS, ROWS, fold
+from .test_ppo_ranks import FSDP, ranks  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [[40, 41, 42], [50, 51, 52, 53, 54, 55, 56], [60, 61]]
@@ -270,6 +272,19 @@ def test_ppo_trains_through_a_server(url, model, job, adapter):
     assert names == ["start"], "the run's adapter is gone from the server"
 
 
+def test_two_ranks_that_share_weights_in_shards_train_through_a_server(url, model, ranks):  # noqa: F811
+    ranks.job.model = model
+    with closing(Server(url, ends={1}, adapter=None)) as engine:
+        engine.load_weights(model)
+    config = ranks.job.root / "fsdp.yaml"
+    config.write_text(FSDP.format(version=2))
+    knobs = {**CONFIG, "rollout_backend": "vllm_server", "vllm_url": url}
+    place = ranks.prepare("two", 2, flags=f"--config_file {config} --num_processes 2", **knobs)
+    ranks(place)
+    assert min(int((place.path / f"shards-{rank}").read_text()) for rank in (0, 1)) > 10
+    check(place, corrected=False)
+
+
 def check(place: Any, *, corrected: bool) -> None:
     rows = {row["step"]: row for row in fold(place).table()}
     assert sorted(rows) == [1, 2, 3, 4]
@@ -279,6 +294,55 @@ def check(place: Any, *, corrected: bool) -> None:
     assert abs(rows[1]["kl/policy_reference"]) < 1e-3 < abs(rows[3]["kl/policy_reference"])
     assert not [notice.code for notice in fold(place).notices if notice.code.startswith("kl_doctor/mismatch")]
     assert any(event.kind == "samples" for event in place.events())
+
+
+OVER_GLOO = (
+    "import torch; from tests.methods import gloo_for_nccl; from rlhf_nb.training.rollout import choose, vllm_nccl\n"
+    "choose.NCCLTransfer = lambda server, device: vllm_nccl.NCCLTransfer(server, torch.device('cuda'))\n"
+)
+
+
+def test_whole_models_go_over_a_group_of_processes_where_nccl_is_asked_for(python, model, job, tmp_path):
+    """gloo has NCCL's place here, at both ends; what is said around it, and what arrives, are vLLM's and ours."""
+    job.model = model
+    flags = ("--weight-transfer-config", '{"backend": "nccl"}')
+    extension = ("--worker-extension-cls", "tests.methods.gloo_for_nccl.Extension")
+    with serving(python, model, tmp_path, *flags, *extension, VLLM_SERVER_DEV_MODE="1") as url:
+        config = {**CONFIG, "rollout_backend": "vllm_server", "vllm_url": url, "vllm_transfer": "nccl"}
+        place = job.prepare("ppo", ROWS, config=config, reward=LETTERS)
+        done = subprocess.run(
+            [python, "-c", OVER_GLOO + JOB, str(place.path)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        check(place, corrected=False)
+        assert not (place.path / "sampler").exists()
+
+
+def test_a_server_that_takes_no_weights_over_nccl_is_told_how_to_start(url):
+    with closing(Server(url, ends={1}, adapter=None)) as engine:
+        transfer = object.__new__(NCCLTransfer)
+        transfer.server = engine
+        with pytest.raises(ComputeError, match=r"takes no weights over NCCL; start it with .*--weight-transfer-config"):
+            transfer._refuse_a_server_without_it()
+
+
+def test_nccl_where_it_cannot_be_is_refused_in_one_line(job):
+    def spec(adapter: Any = None, **knobs: Any) -> Any:
+        return job.prepare("ppo", ROWS, config={**CONFIG, **knobs}, reward=LETTERS, adapter=adapter).spec()
+
+    with pytest.raises(SpecError, match="there is rollout_backend=transformers; leave it out"):
+        PPO(vllm_transfer="nccl").check(spec())
+    server = {"rollout_backend": "vllm_server", "vllm_url": "http://127.0.0.1:9", "vllm_transfer": "nccl"}
+    with pytest.raises(SpecError, match="there is an adapter; leave it out"):
+        PPO(**server).check(spec(LoRA(r=4)))
+    with pytest.raises(SpecError, match="the trainer's is cpu; use vllm_transfer=disk"):
+        NCCLTransfer(None, torch.device("cpu"))  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=r'install "rlhf-nb\[vllm\]" there, or use vllm_transfer=disk'):
+        NCCLTransfer(None, torch.device("cuda"))  # type: ignore[arg-type]
 
 
 class Old(BaseHTTPRequestHandler):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,22 @@ def test_it_scores_the_last_token_of_the_conversation(reward_model):
         hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
         expected = float(model.score(hidden)[0])
     assert scorer.score(["Who?"], ["Anna."]) == pytest.approx([expected], rel=1e-5)
+
+
+def test_of_a_conversation_that_is_too_long_it_reads_the_end_and_says_so_once(reward_model):
+    scorer, said = RewardModelScorer.load(str(reward_model)), []
+    scorer.max_length = 24
+    scorer.emit = SimpleNamespace(notice=lambda *words: said.append(words))
+    prompt = "A long story. " * 20
+    one, other, short = scorer.score([prompt, prompt, "Hi"], ["Anna.", "Bert.", "x"])
+    assert one != other
+    scorer.max_length = None
+    assert scorer.score(["Hi"], ["x"]) == pytest.approx([short], rel=1e-5)
+    scorer.max_length = 24
+    scorer.score([prompt], ["Anna."])
+    ((code, text, level),) = said
+    assert (code, level) == ("reward_model_cut", "warning")
+    assert text.startswith("reward model rm reads 24 tokens, and 2 of 3 conversations are longer")
 
 
 def test_two_labels_are_refused_in_one_line(tiny_model, tmp_path):

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote_plus
 
 import pytest
 import sqlalchemy as sa
@@ -149,6 +150,30 @@ def test_a_password_is_never_shown(postgres_server):
     with Store.open(postgres_server()) as store:
         assert store.directory is None
         assert "secret" not in repr(store) and "secret" not in store.location
+
+
+SECRETS = "password=hunter2&sslpassword=hunter3&passfile=/hunter4&oauth_client_secret=hunter5&scram_client_key=hunter6"
+
+
+def test_what_is_secret_in_a_query_is_given_to_the_driver_and_never_shown(tmp_path):
+    url = f"postgresql://me@/db?host={tmp_path}&sslmode=disable&{SECRETS}"
+    place = locate(url)
+    assert place.shown == f"postgresql://me@/db?host={quote_plus(str(tmp_path))}&sslmode=disable"
+    assert place.secrets == dict(pair.split("=") for pair in SECRETS.split("&"))
+    given: list[dict[str, object]] = []
+    engine = make_engine(place, 1.0)
+    sa.event.listen(engine, "do_connect", lambda dialect, record, args, params: given.append(params))
+    with pytest.raises(sa.exc.OperationalError) as refused, engine.connect():
+        pass
+    assert given[0].items() >= place.secrets.items() and given[0]["host"] == str(tmp_path)
+    with pytest.raises(StoreError) as caught:
+        Store.open(url, lock_timeout_s=0.5)
+    assert "hunter" not in repr(place) + repr(engine) + str(refused.value) + str(caught.value)
+
+
+def test_a_password_in_the_query_opens_the_workspace(postgres_server):
+    with Store.open(f"{postgres_server().replace(':secret@', '@')}&password=secret") as store:
+        assert store.verify_audit() and "secret" not in store.location + repr(store)
 
 
 def test_importing_the_package_loads_no_database_library():

@@ -51,6 +51,30 @@ def test_state_changes_and_summary_merges(store):
     assert store.runs(method="dpo") == []
 
 
+def test_a_run_that_has_begun_keeps_its_row(store):
+    for run_id, state in (("ppo-1", "waiting"), ("ppo-2", "running")):
+        store.add_run(run_id, spec={"beta": 0.1}, title="first", state=state)
+        store.forget_run(run_id)
+    assert [run.run_id for run in store.runs()] == ["ppo-2"]
+
+
+def test_a_row_that_was_taken_back_is_no_run_until_it_is_entered_again(store):
+    store.add_run("ppo-1", spec={"beta": 0.1})
+    store.forget_run("ppo-1")
+    with pytest.raises(NotFoundError, match="no run 'ppo-1'"):
+        store.update_run("ppo-1", state="running")
+    assert store.runs() == []
+    store.add_run("ppo-1", spec={"beta": 0.2}, title="again", attach="local")
+    run = store.update_run("ppo-1", state="running")
+    assert (run.state, run.spec, run.title, run.attach) == ("running", {"beta": 0.2}, "again", "local")
+
+
+def test_a_run_without_a_spec_gets_it_when_it_is_entered_again(store):
+    store.add_run("ppo-1", state="running")
+    run = store.add_run("ppo-1", spec={"beta": 0.1}, title="first", place="/runs/ppo-1", attach="local")
+    assert (run.state, run.spec, run.title, run.place) == ("running", {"beta": 0.1}, "first", "/runs/ppo-1")
+
+
 def test_an_unknown_run_or_field_is_named(store):
     store.add_run("ppo-1")
     with pytest.raises(NotFoundError, match=r"no run 'pp-1' in this workspace; did you mean \"ppo-1\"\?"):

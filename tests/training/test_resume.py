@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rlhf_nb.compute.rundir import EventWriter, append_line
@@ -105,9 +107,12 @@ def test_what_held_when_a_run_went_back_by_itself_is_made_again_from_there(job):
         set_to("high", 1e-2, 25),
         Resumed(step=20, attempt=1, from_step=20),
         set_to("low", 1e-4, 21),
+        # By the agent that starts it again, and by the attempt itself.
+        Resumed(step=20, attempt=2, from_step=20),
         Started(attempt=2, max_steps=50, has_reference=True, **start),
         Resumed(step=20, attempt=2, from_step=20),
         set_to("last", 1e-5, 40),
+        Resumed(step=20, attempt=3, from_step=20),
     ):
         writer.write(event)
     writer.close()
@@ -124,6 +129,37 @@ def test_a_restart_without_a_checkpoint_supersedes_everything(job):
         fold.add(event)
     assert [row["step"] for row in fold.table()] == [1, 2]
     assert len(fold.rows) == 2
+
+
+@pytest.mark.parametrize("fails", ["replace", "rmtree"])
+def test_a_checkpoint_that_takes_another_one_s_place_is_never_half_there(tmp_path, monkeypatch, fails):
+    def written(text: str):
+        folder = tmp_path / "checkpoints" / checkpoints.SCRATCH / "checkpoint-4"
+        folder.mkdir(parents=True)
+        for name in ("one", "two"):
+            (folder / name).write_text(text)
+        return folder
+
+    def dies(*arguments, **_):
+        if fails == "rmtree" and (found := sorted(Path(arguments[0]).glob("*"))):
+            found[0].unlink()
+            raise KeyboardInterrupt
+        if fails == "replace" and Path(arguments[1]).name == "checkpoint-4":
+            raise KeyboardInterrupt
+        return genuine(*arguments, **_)
+
+    target = checkpoints.publish(tmp_path, 4, written("old"))
+    module = checkpoints.shutil if fails == "rmtree" else checkpoints.os
+    genuine = getattr(module, fails)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, fails, dies)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.publish(tmp_path, 4, written("new"))
+    for whole in checkpoints.newest_first(tmp_path):
+        assert {path.name: path.read_text() for path in whole.glob("*")} == {"one": "new", "two": "new"}
+    again = tmp_path / "checkpoints" / checkpoints.SCRATCH / "checkpoint-4"
+    assert checkpoints.publish(tmp_path, 4, again if again.exists() else written("new")) == target
+    assert (target / "two").read_text() == "new" and not list((tmp_path / "checkpoints").glob("*/old-*"))
 
 
 def test_a_checkpoint_that_was_being_written_is_not_taken(job):

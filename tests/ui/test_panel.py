@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from rlhf_nb.protocol.events import ControlRefused, Failed
+from rlhf_nb.protocol.events import CoefficientChanged, ControlAcknowledged, ControlRefused, Failed
+from rlhf_nb.run import Run
 from rlhf_nb.ui.panel import Panel
 
 from .conftest import _Pending, learning_rate
@@ -145,6 +147,73 @@ def test_a_refusal_by_the_worker_is_said_and_the_handle_goes_back(page, ppo, run
     said = page.wait(lambda: [s for s in page.of("said") if s["level"] == "error"])[-1]
     assert said["text"] == "refused: learning_rate: the schedule owns it"
     page.wait(lambda: page.of("controls")[-1]["sliders"][0]["asked"] is None)
+
+
+def asked(page: Page) -> float | None:
+    return page.of("controls")[-1]["sliders"][0]["asked"]
+
+
+def read(run: Any, control_id: str, value: float) -> None:
+    run.emit(ControlAcknowledged(id=control_id, op="set", step=2, name="learning_rate", value=value))
+
+
+def test_what_was_asked_elsewhere_or_before_the_panel_is_shown_as_asked(ppo, run, monkeypatch):
+    ppo(2)
+    read(run, "from-a-cell", 3e-4)
+    panel = Panel(run)
+    page = Page(panel, monkeypatch)
+    page.hello()
+    assert asked(page) == 3e-4
+    run.emit(
+        CoefficientChanged(id="from-a-cell", name="learning_rate", old=1e-4, new=3e-4, effective_step=3, who="alice")
+    )
+    page.wait(lambda: asked(page) is None)
+    panel.close()
+
+
+def test_a_move_that_another_notebook_overtakes_gives_way_to_it_and_says_so(page, ppo, run):
+    ppo(2)
+    page.hello()
+    page.says("set", name="learning_rate", value=3e-4, why="")
+    page.wait(lambda: asked(page) == 3e-4)
+    read(run, "control-1", 3e-4)
+    run.emit(ControlRefused(id="control-1", op="set", reason="superseded by a later set, learning_rate=0.0005 by bob"))
+    read(run, "elsewhere", 5e-4)
+    page.wait(lambda: asked(page) == 5e-4)
+    (said,) = [one for one in page.of("said") if one["level"] == "error"]
+    assert said["text"] == "refused: superseded by a later set, learning_rate=0.0005 by bob"
+
+
+def test_a_move_that_the_next_move_of_the_same_slider_overtakes_is_no_news(page, ppo, run, monkeypatch):
+    ppo(2)
+    page.hello()
+    page.says("set", name="learning_rate", value=3e-4, why="")
+    page.wait(lambda: asked(page) == 3e-4)
+    real = run.set
+
+    def overtaking(name: str, value: float, why: str = "") -> _Pending:
+        pending = real(name, value, why)
+        # Heard before the call returns, as from a run on this machine.
+        run.emit(ControlRefused(id="control-1", op="set", reason="superseded by a later set"))
+        read(run, pending.id, value)
+        return pending
+
+    monkeypatch.setattr(run, "set", overtaking)
+    page.says("set", name="learning_rate", value=5e-4, why="")
+    page.wait(lambda: asked(page) == 5e-4 and len(page.of("said")) == 2)
+    assert [one["level"] for one in page.of("said")] == ["info", "info"]
+
+
+def test_every_display_of_a_run_is_a_view_of_one_panel_until_it_is_closed():
+    workspace = Mock(store=None)
+    workspace.spec.return_value = Mock(title="toy", method="sft")
+    workspace.client.events.return_value = []
+    run = Run(workspace, "sft-1")
+    first = run.panel()
+    assert run.panel() is first and workspace.client.subscribe.call_count == 1
+    first.close()
+    assert run.panel() is not first
+    run.panel().close()
 
 
 def test_an_error_of_the_run_is_one_line_and_not_a_traceback(page, run, ppo):

@@ -74,7 +74,7 @@ class LocalKernel:
 
         write_json(folder / "kernel.json", ProcessIdentity.of(process.pid).to_dict())
 
-        def last_words() -> str | None:
+        def last_words(heard: float = 0.0) -> str | None:
             code = process.poll()
             if code is None:
                 return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import socket
 import threading
 import time
@@ -39,9 +40,16 @@ class Server:
     is_local: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise AttachError(f"attach server: {parts.netloc or self.url!r} is no http(s) URL of a Jupyter Server")
+        try:
+            parts = urlsplit(self.url)
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            sound = False
+        if not sound:
+            raise AttachError(
+                f"attach server: {_without_secrets(self.url)!r} is no http(s) URL of a Jupyter Server; "
+                "write it as http://localhost:8888"
+            )
         if not VARIABLE.fullmatch(self.token_env):
             raise AttachError(
                 "attach server: token_env is the NAME of an environment variable, in capitals such as JUPYTER_TOKEN, "
@@ -71,9 +79,14 @@ class Server:
         Raises:
             AttachError: No answer, no right to enter, or no such kernelspec.
         """
-        found = [kernel for kernel in self._ask("GET", "api/kernels") if kernel["name"] == self.kernel]
+        listed = self._ask("GET", "api/kernels")
+        if not isinstance(listed, list) or not all(map(_is_kernel, listed)):
+            raise self._no_jupyter("api/kernels")
+        found = [kernel for kernel in listed if kernel["name"] == self.kernel]
         mine = not found
         kernel = found[0] if found else self._ask("POST", "api/kernels", {"name": self.kernel})
+        if not _is_kernel(kernel):
+            raise self._no_jupyter("api/kernels")
 
         def end(kill: bool) -> None:
             if kill and mine:
@@ -107,7 +120,28 @@ class Server:
                 + (f": {said}" if said else "")
                 + (f'; is there a kernelspec "{self.kernel}"? --kernel NAME chooses another' if body else "")
             )
-        return answer.json() if answer.content else None
+        try:
+            return answer.json() if answer.content else None
+        except ValueError:
+            raise self._no_jupyter(path) from None
+
+    def _no_jupyter(self, path: str) -> AttachError:
+        return AttachError(
+            f"attach server: {self.url} answers {path} as no Jupyter Server does; "
+            "give the address that its start prints, up to /lab or /tree"
+        )
+
+
+def _is_kernel(said: Any) -> bool:
+    return isinstance(said, dict) and isinstance(said.get("id"), str) and isinstance(said.get("name"), str)
+
+
+def _without_secrets(url: str) -> str:
+    """Scheme, host, port and path of what may be no URL at all: a token is in the query, a password before the @."""
+    shown, *cut = re.split(r"[?#]", url, maxsplit=1)
+    scheme, slashes, rest = shown.rpartition("://")
+    # An @ in what was cut off: the rest may be the half of a password that has a ? in it.
+    return scheme + slashes + ("..." if "@" in "".join(cut) else rest.rpartition("@")[2])
 
 
 def _message(text: str) -> str:

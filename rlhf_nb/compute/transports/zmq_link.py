@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +23,14 @@ class ZmqLink:
         self,
         info: dict[str, Any],
         *,
-        is_alive: Callable[[], str | None],
+        is_alive: Callable[[float], str | None],
         end: Callable[[bool], None] = lambda kill: None,
     ) -> None:
         """
         Args:
             info: What a Jupyter connection file holds.
-            is_alive: None while the kernel lives, else why it does not.
+            is_alive: None while the kernel lives, else why it does not; called in the link's thread, at least every
+                quarter of a second in which no message comes, with the time (`time.monotonic`) of the last one.
             end: Called at close with `kill`.
         """
         from jupyter_client.session import Session
@@ -42,7 +44,7 @@ class ZmqLink:
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         self._closing = threading.Event()
-        self._lost = False
+        self._lost = self._ended = False
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -73,13 +75,15 @@ class ZmqLink:
 
     @property
     def alive(self) -> bool:
-        return not self._lost and not self._closing.is_set() and self._is_alive() is None
+        """As the link's thread last saw it: `is_alive` may use a socket of that thread."""
+        return not self._lost and not self._closing.is_set()
 
     def close(self, *, kill: bool) -> None:
         with self._lock:
-            first = not self._closing.is_set()
-            self._closing.set()
-            if first:
+            # The thread closes by itself when the kernel is gone; what the launcher left is still to be put away.
+            first, self._ended = not self._ended, True
+            if not self._closing.is_set():
+                self._closing.set()
                 try:
                     os.write(self._wake_write, b".")
                 except BlockingIOError:
@@ -113,20 +117,24 @@ class ZmqLink:
             for socket in sockets.values():
                 poller.register(socket, zmq.POLLIN)
             poller.register(self._wake_read, zmq.POLLIN)
+            heard = time.monotonic()
             while True:
                 ready = dict(poller.poll(_LOOK_MS))
                 if self._wake_read in ready:
                     os.read(self._wake_read, 4096)
                 self._flush(sockets)
-                for socket in sockets.values():
-                    if socket in ready:
-                        self._drain(socket, on_message)
+                speaking = [socket for socket in sockets.values() if socket in ready]
+                for socket in speaking:
+                    heard = time.monotonic()
+                    self._drain(socket, on_message)
                 if self._closing.is_set():
                     return
-                gone = self._is_alive() if not ready else None
+                gone = None if speaking else self._is_alive(heard)
                 if gone is not None:
                     self._lost = True
                     on_lost(gone)
+                    # A farewell, for a kernel that is only slow.
+                    self._flush(sockets)
                     return
         finally:
             for socket in sockets.values():

@@ -11,6 +11,7 @@ from rlhf_nb.training.actor_critic import trunk_and_head
 from rlhf_nb.training.rollout.base import Sampler
 from rlhf_nb.training.rollout.vllm_backend import VLLMSampler
 from rlhf_nb.training.rollout.vllm_engine import Engine, InProcess, Server
+from rlhf_nb.training.rollout.vllm_nccl import NCCLTransfer
 from rlhf_nb.training.sampling import end_tokens
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def sampler_for(trainer: OnlineTrainer, path: str, max_length: int) -> Sampler:
     method, context, policy = trainer.method, trainer.context, trainer.module.policy
     if method.rollout_backend == "transformers":
         shared = trainer.module.value_head if trainer.module.critic is None else None
-        return trainer.make_sampler(*trunk_and_head(policy), shared)
+        return trainer.make_sampler(*trunk_and_head(policy), shared, graphs=method.cuda_graphs)
     ends = end_tokens(policy, trainer.tokenizer)
     adapter = context.spec.adapter
     context.emit.stage("starting vLLM" if method.rollout_backend == "vllm" else f"reaching vLLM at {method.vllm_url}")
@@ -43,6 +44,8 @@ def sampler_for(trainer: OnlineTrainer, path: str, max_length: int) -> Sampler:
     else:
         name = f"rlhf-nb-{context.spec.run_id}" if adapter is not None else None
         engine = Server(method.vllm_url, ends=ends, adapter=name, owner=context.is_main)
+        if method.vllm_transfer == "nccl" and context.is_main:
+            engine.transfer = NCCLTransfer(engine, trainer.device)
 
     @torch.no_grad()
     def logprobs(prompt: Sequence[int], completion: Sequence[int], temperature: float) -> list[float]:

@@ -16,6 +16,7 @@ import torch
 
 from rlhf_nb.compute.rundir import storage_errors
 from rlhf_nb.errors import ComputeError
+from rlhf_nb.training import sharding
 from rlhf_nb.training.rollout.base import Completions
 from rlhf_nb.training.rollout.vllm_engine import Drawn, Engine
 
@@ -67,17 +68,21 @@ class VLLMSampler:
         """
         if version == self.version:
             return
+        if self.is_adapter or not self.engine.take_weights(self.policy):
+            self._through_a_directory(version)
+        self._check()
+        self.version = version
+
+    def _through_a_directory(self, version: int) -> None:
         with storage_errors(self.scratch):
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir(parents=True)
             # Safetensors, by default and for adapters too.
-            self.policy.save_pretrained(str(self.scratch))
+            self.policy.save_pretrained(str(self.scratch), state_dict=sharding.weights_now(self.policy))
         if self.is_adapter:
             self.engine.load_adapter(self.scratch, version)
         else:
             self.engine.load_weights(self.scratch)
-        self._check()
-        self.version = version
 
     def _check(self) -> None:
         drawn = self.engine.sample([self.probe], [0], temperature=PROBE_TEMPERATURE, limit=PROBE_TOKENS)[0]

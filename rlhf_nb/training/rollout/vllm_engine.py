@@ -10,13 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from rlhf_nb.errors import ComputeError, SpecError
 
+if TYPE_CHECKING:
+    from rlhf_nb.training.rollout.vllm_nccl import NCCLTransfer
+
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for `max_lora_rank`."""
+DEV_MODE = "VLLM_SERVER_DEV_MODE=1"
 AT_ONCE = 64
 """Requests that are under way with a server."""
 ANSWER_S = 600.0
@@ -44,6 +48,10 @@ class Engine(Protocol):
 
     def load_weights(self, directory: Path) -> None:
         """Sample from now on with the whole model saved there."""
+        ...
+
+    def take_weights(self, policy: Any) -> bool:
+        """Sample from now on with these weights; False where there is no way but by a directory."""
         ...
 
     def close(self) -> None: ...
@@ -142,6 +150,9 @@ class InProcess:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
         self.llm.reset_prefix_cache()
 
+    def take_weights(self, policy: Any) -> bool:
+        return False
+
     def close(self) -> None:
         del self.llm
 
@@ -163,8 +174,10 @@ class Server:
         limits = httpx.Limits(max_connections=AT_ONCE)
         self.http = httpx.Client(base_url=self.url, timeout=ANSWER_S, limits=limits, trust_env=False)
         self.adapter, self.owner = adapter, owner
-        self.model = adapter or str(self._asked("GET", "/v1/models")["data"][0]["id"])
+        self.model = adapter or str(self.asked("GET", "/v1/models")["data"][0]["id"])
         self._loaded = False
+        self.transfer: NCCLTransfer | None = None
+        """Takes whole models over, instead of the disk."""
 
     def sample(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, temperature: float, limit: int
@@ -173,7 +186,7 @@ class Server:
 
         # One prompt a request: the prompts of one request would share its seed.
         def ask(prompt: Sequence[int], seed: int) -> Drawn:
-            answer = self._post("/v1/completions", {**fixed, "prompt": list(prompt), "seed": seed})["choices"][0]
+            answer = self.post("/v1/completions", {**fixed, "prompt": list(prompt), "seed": seed})["choices"][0]
             return Drawn(answer["token_ids"], answer["logprobs"]["token_logprobs"])
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -182,30 +195,44 @@ class Server:
     def load_adapter(self, directory: Path, version: int) -> None:
         assert self.adapter is not None, "the server was opened for whole models"
         asked = {"lora_name": self.adapter, "lora_path": str(directory), "load_inplace": True}
-        self._post("/v1/load_lora_adapter", asked, needs="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora")
+        self.post("/v1/load_lora_adapter", asked, needs="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora")
         self._loaded = True
         # The name is the same, and so would be the cached prefixes.
         self._reset()
 
     def load_weights(self, directory: Path) -> None:
         asked = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
-        self._post("/collective_rpc", asked, needs="VLLM_SERVER_DEV_MODE=1")
+        self.post("/collective_rpc", asked, needs=DEV_MODE)
         self._reset()
 
+    def take_weights(self, policy: Any) -> bool:
+        if self.transfer is None:
+            return False
+        self.transfer.send(policy)
+        self._reset()
+        return True
+
     def _reset(self) -> None:
-        self._post("/reset_prefix_cache", {}, needs="VLLM_SERVER_DEV_MODE=1")
+        self.post("/reset_prefix_cache", {}, needs=DEV_MODE)
 
     def close(self) -> None:
+        if self.transfer is not None:
+            self.transfer.close()
         if self._loaded and self.owner:
             # A server that has ended before us holds nothing any more.
             with suppress(ComputeError):
-                self._post("/v1/unload_lora_adapter", {"lora_name": self.adapter})
+                self.post("/v1/unload_lora_adapter", {"lora_name": self.adapter})
         self.http.close()
 
-    def _post(self, path: str, body: dict[str, Any], *, needs: str | None = None) -> Any:
-        return self._asked("POST", path, body, needs=needs)
+    def post(self, path: str, body: dict[str, Any], *, needs: str | None = None) -> Any:
+        """The answer's JSON, if it has any.
 
-    def _asked(self, verb: str, path: str, body: dict[str, Any] | None = None, *, needs: str | None = None) -> Any:
+        Args:
+            needs: What a server that does not know the path is to be started with.
+        """
+        return self.asked("POST", path, body, needs=needs)
+
+    def asked(self, verb: str, path: str, body: dict[str, Any] | None = None, *, needs: str | None = None) -> Any:
         import httpx
 
         try:
