@@ -26,7 +26,7 @@ DEV_READY := $(VENV)/.ready-dev
 NODE_READY := widgets/node_modules/.ready
 
 .PHONY: screenshots help lab demo check check-lint check-format check-types check-imports check-typescript check-protocol \
-	check-methods test test-python test-together test-notebooks test-alone test-widgets format constraints clean
+	check-methods test test-python test-widgets format constraints clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -86,29 +86,19 @@ test: test-widgets test-python
 test-widgets: $(NODE_READY)
 	$(NPM) test
 
-# Browsers have the machine to themselves; the rest shares it, file by file, the longest first. Chapters are one file and
-# Binder's quickstart another: apart from the others they run side by side.
-ALONE := tests/e2e
-NOTEBOOKS := tests/notebooks tests/packaging/test_binder.py
-LONG := $(addprefix tests/,methods training compute fidelity magics stages)
-TOGETHER := $(LONG) $(filter-out $(LONG) $(ALONE) $(NOTEBOOKS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+# Two processes share the tests file by file, the longest files first: browsers, chapters and Binder's quickstart take
+# minutes a file, and nothing is to be left to one process alone in the end.
+LONG := $(addprefix tests/,packaging/test_binder.py notebooks e2e methods training compute fidelity stages magics)
+SUITES := $(LONG) $(filter-out $(LONG) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 PYTEST_READY := $(DEV_READY) .venv-ipykernel6/.ready .venv-vllm/.ready
 
 ifdef PYTEST_ARGS
 test-python: $(PYTEST_READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
-test-python: test-together test-notebooks test-alone
+test-python: $(PYTEST_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 $(SUITES)
 endif
-
-test-together: $(PYTEST_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 $(TOGETHER) $(addprefix --ignore=,$(NOTEBOOKS))
-
-test-notebooks: $(PYTEST_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 $(NOTEBOOKS)
-
-test-alone: $(PYTEST_READY)
-	$(BIN)/python -m pytest --durations=15 $(ALONE)
 
 # The field still has ipykernel 6, which blocks comm messages while a cell runs. This environment holds only that
 # package; everything else is seen through a .pth file, so it costs seconds and not gigabytes. addsitedir and not a bare

@@ -385,6 +385,36 @@ def test_a_server_without_the_switches_says_which_and_one_that_is_gone_says_so()
         Server(url, ends={1}, adapter=None)
 
 
+class Hurried(BaseHTTPRequestHandler):
+    """Ends its connections after one answer without saying so, as a server does at the end of its patience."""
+
+    protocol_version = "HTTP/1.1"
+    answered = False
+
+    def do_GET(self) -> None:
+        if self.answered:
+            self.close_connection = True
+            return
+        data = json.dumps({"data": [{"id": "policy"}], "world_size": 1}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+        self.answered = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_request_after_a_pause_does_not_meet_a_connection_that_the_server_is_ending():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hurried) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with closing(Server(f"http://127.0.0.1:{server.server_port}", ends={1}, adapter=None)) as engine:
+            time.sleep(2)
+            assert engine.asked("GET", "/get_world_size") == {"data": [{"id": "policy"}], "world_size": 1}
+        server.shutdown()
+
+
 # --- in the trainer's process -----------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,9 @@ DEV_MODE = "VLLM_SERVER_DEV_MODE=1"
 AT_ONCE = 64
 """Requests that are under way with a server."""
 ANSWER_S = 600.0
+IDLE_S = 1.0
+"""Seconds for which a connection is kept for the next request. The server ends one after 5 s, and so would httpx: a
+request on a connection that the other side is just ending is lost."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class Server:
 
         self.url, self.ends = loopback(url), ends
         # No proxy from the environment: the address is this machine's.
-        limits = httpx.Limits(max_connections=AT_ONCE)
+        limits = httpx.Limits(max_connections=AT_ONCE, keepalive_expiry=IDLE_S)
         self.http = httpx.Client(base_url=self.url, timeout=ANSWER_S, limits=limits, trust_env=False)
         self.adapter, self.owner = adapter, owner
         self.model = adapter or str(self.asked("GET", "/v1/models")["data"][0]["id"])
