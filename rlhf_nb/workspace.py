@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import platform
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb.errors import AttachError, ElsewhereError, NotFoundError, RlhfError, SpecError, did_you_mean
-from rlhf_nb.protocol.events import TERMINAL, AnyEvent, RewardReplaced
+from rlhf_nb.protocol.events import AnyEvent
 from rlhf_nb.protocol.fold import RunFold
-from rlhf_nb.protocol.spec import BlobData, FunctionReward, RunSpec, describe, parents_of
+from rlhf_nb.protocol.spec import BlobData, FunctionReward, RunSpec
+from rlhf_nb.run_index import RunIndex
 from rlhf_nb.verbs import Verbs
 
 if TYPE_CHECKING:
@@ -24,25 +23,10 @@ if TYPE_CHECKING:
     from rlhf_nb.run import Run
     from rlhf_nb.stages.tables import Table
     from rlhf_nb.store import Store
-    from rlhf_nb.store.records import RunRecord
 
 DEFAULT_TARGET = "rlhf-workspace"
 RETRY_S = 30.0
 """Between two tries to reach a compute that is lost: each may wait for the network."""
-ARRIVES_S = 600.0
-"""After so long a run that its compute does not list will not come there: longer than rows travel or clocks differ."""
-_AUDITED = frozenset(
-    {
-        "coefficient_changed",
-        "reward_replaced",
-        "checkpoint_saved",
-        "model_saved",
-        "data_saved",
-        "finished",
-        "stopped",
-        "failed",
-    }
-)
 
 
 class Workspace(Verbs):
@@ -73,8 +57,7 @@ class Workspace(Verbs):
         """Held while local compute is started, or a lost one reached; `_lock` never waits for either."""
         self._closed = False
         self._runs: dict[str, Run] = {}
-        self._specs: dict[str, RunSpec] = {}
-        self._indexed: dict[str, int] = {}
+        self.run_index = RunIndex(self)
         self._load_reward_functions()
 
     @property
@@ -161,7 +144,7 @@ class Workspace(Verbs):
         info = {"launcher": described(client.launcher), "launch": launch, "who": self.who, "host": platform.node()}
         self.store.add_attach(client.info.name, info)
         self.audit("attach", client.info.name, {"launch": launch})
-        self._match_runs(client)
+        self.run_index.match(client)
         return client
 
     def detach(self) -> None:
@@ -257,38 +240,6 @@ class Workspace(Verbs):
         again = line(last["launcher"], last["launch"])
         return f"nothing is attached; {again} attaches what was last, %rlhf attach local starts compute here"
 
-    def elsewhere(self, run_id: str) -> ElsewhereError:
-        """What is said of a run that the attached compute does not have."""
-        from rlhf_nb.stages.attach import line
-
-        client = self._client
-        name = client.info.name if client is not None and client.alive else "what is attached"
-        try:
-            record = self.store.run(run_id)
-        except NotFoundError:
-            return ElsewhereError(f"{run_id} is not on {name}, and this workspace does not know where it is")
-        seen = f"{run_id} is not on {name}, the attached compute; it was last seen {record.state}"
-        if record.attach is None:
-            return ElsewhereError(seen)
-        host = record.summary.get("host")
-        if record.attach == name and client is not None:
-            if host in (None, client.info.host) or self._was_sent_to(record, client):
-                return ElsewhereError(f"{seen} there, and its directory {record.place} is gone")
-            return ElsewhereError(f"{seen} on {record.attach} of {host}, and what is attached is on {client.info.host}")
-        at = [one.info for one in self.store.attaches() if one.target == record.attach and "launcher" in one.info]
-        way = line(at[-1]["launcher"], at[-1]["launch"]) if at else "%rlhf attach ..."
-        local = bool(at) and at[-1]["launcher"]["kind"] == "local" and self.runs_root is None
-        if local and host not in (None, platform.node()):
-            return ElsewhereError(f"{seen} on {record.attach} of {host}; {way} there attaches that")
-        return ElsewhereError(f"{seen} on {record.attach}; {way} --replace attaches that")
-
-    def _was_sent_to(self, record: RunRecord, client: Client) -> bool:
-        """Whether a run was sent to the compute that is attached; `local` has one name on every host."""
-        if (record.attach, record.place) != (client.info.name, f"{client.info.runs_root}/{record.run_id}"):
-            return False
-        beside = self.runs_root is not None and client.launcher.is_local
-        return beside or record.summary.get("host") == client.info.host
-
     @property
     def launch_flags(self) -> str:
         return self._attach_flags
@@ -357,28 +308,10 @@ class Workspace(Verbs):
 
     def run_ids(self) -> list[str]:
         """Every run this workspace knows: its index, and directories the index may have lost."""
-        ids = [record.run_id for record in self.store.runs()]
-        if self.runs_root is not None and self.runs_root.is_dir():
-            found = sorted(path.parent.name for path in self.runs_root.glob("*/spec.json"))
-            ids += [run_id for run_id in found if run_id not in ids]
-        return ids
+        return self.run_index.ids()
 
     def spec(self, run_id: str) -> RunSpec:
-        if run_id not in self._specs:
-            from rlhf_nb.compute.rundir import RunDir
-
-            try:
-                kept = self.store.run(run_id).spec
-            except NotFoundError:
-                kept = None
-            if kept is None:
-                if self.runs_root is None or not (self.runs_root / run_id / "spec.json").exists():
-                    raise NotFoundError(f'run "{run_id}" has no spec in this workspace; %rlhf runs lists runs')
-                spec = RunDir(self.runs_root / run_id).spec()
-                self._remember(spec)
-                return spec
-            self._specs[run_id] = RunSpec.model_validate(kept)
-        return self._specs[run_id]
+        return self.run_index.spec(run_id)
 
     def submit(self, spec: RunSpec) -> Run:
         """Send a finished spec and its rows to the attached compute."""
@@ -387,75 +320,17 @@ class Workspace(Verbs):
             d.content_hash: self.store.get_encoded(d.content_hash) for d in spec.data_sets if isinstance(d, BlobData)
         }
         # Before it is sent: on a compute that is not here nobody would find a run of which only that side knows.
-        self._remember(spec, client)
+        self.run_index.remember(spec, client)
         try:
             client.submit(spec, blobs)
         except RlhfError:
-            self._forget_unless_there(spec, client)
+            self.run_index.forget_unless_there(spec, client)
             raise
         # Another process that attached meanwhile may have taken it for one that never came there.
-        self._remember(spec, client)
+        self.run_index.remember(spec, client)
         self.audit("submit", spec.run_id, {"method": spec.method, "title": spec.title, "config": spec.config})
-        self._link(spec)
+        self.run_index.link(spec)
         return self.run(spec.run_id)
-
-    def _remember(self, spec: RunSpec, client: Client | None = None, state: str = "waiting") -> None:
-        self.store.add_run(
-            spec.run_id,
-            method=spec.method,
-            spec=spec.model_dump(mode="json"),
-            title=spec.title,
-            state=state,
-            attach=client.info.name if client else None,
-            place=f"{client.info.runs_root}/{spec.run_id}" if client else None,
-            summary={"host": client.info.host} if client else None,
-        )
-        self._specs[spec.run_id] = spec
-
-    def _forget_unless_there(self, spec: RunSpec, client: Client) -> None:
-        """A run that was refused gives its row back, not its number. Where nobody can say, the row stays."""
-        try:
-            refused = client.spec(spec.run_id) != spec
-        except NotFoundError:
-            refused = True
-        except RlhfError:
-            refused = False
-        if refused:
-            self.store.forget_run(spec.run_id)
-            del self._specs[spec.run_id]
-
-    def _link(self, spec: RunSpec) -> None:
-        for parent in spec.model_parents:
-            self.store.add_lineage(spec.run_id, parent, "model")
-        for data in spec.data_sets:
-            self.store.add_lineage(spec.run_id, describe(data), "data")
-
-    def _match_runs(self, client: Client) -> None:
-        """Enter runs of this workspace that only the compute knows; take back those that never came there."""
-        known = set(self.run_ids())
-        # Read before the compute is asked: of a run that is sent in between, it would know nothing yet.
-        waiting = self.store.runs(state="waiting")
-        if self.runs_root is not None and client.launcher.is_local:
-            there = {path.parent.name for path in self.runs_root.glob("*/spec.json")}
-        else:
-            try:
-                rows = client.runs()
-                for row in rows:
-                    if row["workspace_id"] == self.id and row["run_id"] not in known:
-                        spec = RunSpec.model_validate(row["spec"])
-                        self._remember(spec, client, row["state"])
-                        self._link(spec)
-            except (RlhfError, ValueError) as error:
-                # A run that a newer version began, say: what is attached is attached all the same.
-                said = str(error).splitlines()[0]
-                warnings.warn(f"{client.info.name} is attached; its runs could not be listed: {said}", stacklevel=3)
-                return
-            there = {row["run_id"] for row in rows}
-        until = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=ARRIVES_S)
-        for record in waiting:
-            late = datetime.datetime.fromisoformat(record.created) <= until
-            if late and record.run_id not in there and record.last_seq < 0 and self._was_sent_to(record, client):
-                self.store.forget_run(record.run_id)
 
     def state_of(self, run_id: str, fold: RunFold) -> str:
         """The state, from the events and, where they do not say, from the supervisor's phase."""
@@ -463,52 +338,16 @@ class Workspace(Verbs):
 
     def store_state(self, run_id: str) -> str:
         """The state the index last saw."""
-        try:
-            return self.store.run(run_id).state
-        except NotFoundError:
-            return "unknown"
+        return self.run_index.state(run_id)
 
     def index(self, run: Run, fold: RunFold, events: list[AnyEvent]) -> None:
-        """Refill the workspace's index of a run from events just read; idempotent on (run, seq)."""
-        done = self._indexed.get(run.id)
-        if done is None:
-            spec = run.spec  # an index that was lost gets its row back
-            try:
-                done = self.store.run(run.id).last_seq
-            except NotFoundError:
-                self._remember(spec, self._client)
-                done = self.store.run(run.id).last_seq
-        fresh = [event for event in events if event.seq > done]
-        if not fresh:
-            self._indexed[run.id] = done
-            return
-        kept = [event.model_dump(mode="json") for event in fresh if event.kind not in ("metric", "samples")]
-        audited = {
-            e.seq: (e.kind, getattr(e, "who", "") or self.who, e.model_dump(mode="json", exclude={"log_tail"}))
-            for e in fresh
-            if e.kind in _AUDITED
-        }
-        # All that may be done twice comes first: once the events are kept nobody comes back to them.
-        for event in fresh:
-            for parent in parents_of(event.new) if isinstance(event, RewardReplaced) else ():
-                self.store.add_lineage(run.id, parent, "model")
-        summary: dict[str, Any] = {"step": fold.step, "max_steps": fold.max_steps}
-        if fold.rows:
-            summary["metrics"] = fold.rows[-1].values
-        changes: dict[str, Any] = {"state": fold.state, "summary": summary}
-        if fold.model is not None:
-            self.store.add_model(run.id, fold.model.path, run_id=run.id, content_hash=fold.model.content_hash)
-        if fold.state in TERMINAL:
-            ended = fold.ended_at or 0.0
-            changes["finished"] = datetime.datetime.fromtimestamp(ended, datetime.UTC).isoformat()
-        try:
-            self.store.update_run(run.id, **changes)
-        except NotFoundError:
-            # Its row was taken back, and here are its events.
-            self._remember(run.spec, self._client)
-            self.store.update_run(run.id, **changes)
-        self.store.add_events(run.id, kept, audited=audited, last_seq=fresh[-1].seq)
-        self._indexed[run.id] = fresh[-1].seq
+        """Keep what was just read of a run."""
+        self.run_index.refill(run, fold, events, self._client)
+
+    def elsewhere(self, run_id: str) -> ElsewhereError:
+        """What is said of a run that the attached compute does not have."""
+        client = self._client
+        return self.run_index.elsewhere(run_id, client if client is not None and client.alive else None)
 
     def audit(self, action: str, subject: str, detail: dict[str, Any]) -> None:
         self.store.append_audit(action, subject, detail, self.who)

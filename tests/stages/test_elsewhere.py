@@ -167,7 +167,7 @@ def computes(monkeypatch: pytest.MonkeyPatch) -> Computes:
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[rl.Workspace]:
     with rl.Workspace(tmp_path / "w") as ws:
-        ws._remember(spec(ws, "sft-1"))
+        ws.run_index.remember(spec(ws, "sft-1"))
         yield ws
 
 
@@ -197,11 +197,11 @@ def test_a_lost_server_is_tried_again_with_its_flags_and_never_becomes_this_mach
 
 
 def test_a_run_that_never_came_to_its_compute_is_no_run_once_that_is_attached_again(here, computes, monkeypatch):
-    here._remember(spec(here, "sft-2"), FakeClient(Server(FAR)))
-    here._remember(spec(here, "sft-3"), FakeClient(Server("https://another.example")))
+    here.run_index.remember(spec(here, "sft-2"), FakeClient(Server(FAR)))
+    here.run_index.remember(spec(here, "sft-3"), FakeClient(Server("https://another.example")))
     here.attach(Server(FAR))
     assert here.run_ids() == ["sft-1", "sft-2", "sft-3"], "its rows may still be on their way"
-    monkeypatch.setattr("rlhf_nb.workspace.ARRIVES_S", 0.0)
+    monkeypatch.setattr("rlhf_nb.run_index.ARRIVES_S", 0.0)
     here.attach(Server(FAR), replace=True)
     assert here.run_ids() == ["sft-1", "sft-3"]
     assert here.store.next_run_id("sft") == "sft-4"
@@ -215,9 +215,9 @@ def shared(here, monkeypatch):
 
 
 def test_a_run_that_waits_on_the_local_compute_of_another_host_keeps_its_row(shared, computes, monkeypatch):
-    monkeypatch.setattr("rlhf_nb.workspace.ARRIVES_S", 0.0)
+    monkeypatch.setattr("rlhf_nb.run_index.ARRIVES_S", 0.0)
     shared.attach("local")
-    shared._remember(spec(shared, "sft-2"), shared.client)
+    shared.run_index.remember(spec(shared, "sft-2"), shared.client)
     monkeypatch.setattr(FakeClient, "host", "gpu-2")
     shared.attach("local", replace=True)
     assert shared.run_ids() == ["sft-1", "sft-2"]
@@ -235,10 +235,10 @@ def test_a_run_that_waits_on_the_local_compute_of_another_host_keeps_its_row(sha
 
 
 def test_a_run_that_was_sent_while_the_compute_was_asked_keeps_its_row(here, computes, monkeypatch):
-    monkeypatch.setattr("rlhf_nb.workspace.ARRIVES_S", 0.0)
+    monkeypatch.setattr("rlhf_nb.run_index.ARRIVES_S", 0.0)
 
     def runs(client: FakeClient) -> list[dict[str, Any]]:
-        here._remember(spec(here, "sft-2"), client)
+        here.run_index.remember(spec(here, "sft-2"), client)
         return []
 
     monkeypatch.setattr(FakeClient, "runs", runs)
@@ -265,7 +265,7 @@ def test_a_run_whose_row_was_taken_back_gets_it_again_from_whoever_reads_its_eve
 @pytest.mark.parametrize("flags", ["--cpu", "--num_processes 2", "--main_process_port=0 --cpu"])
 def test_the_line_that_attaches_again_is_one_that_the_magic_takes(here, computes, flags):
     here.attach(Server(FAR), launch=flags)
-    here._remember(spec(here, "sft-2"), here.client)
+    here.run_index.remember(spec(here, "sft-2"), here.client)
     computes.made[-1].alive = False
     lost = here.unattached
     here.attach("local")
@@ -422,7 +422,7 @@ def test_a_lost_local_compute_comes_back_with_its_flags(here, computes):
 
 def test_after_a_restart_of_the_notebook_local_comes_back_with_its_flags_and_a_server_is_named(tmp_path, computes):
     with rl.Workspace(tmp_path / "w") as ws:
-        ws._remember(spec(ws, "sft-1"))
+        ws.run_index.remember(spec(ws, "sft-1"))
         assert ws.client is computes.made[0], "of a workspace that never attached anything"
         ws.attach("local", launch="--num_processes 2", replace=True)
     with rl.Workspace(tmp_path / "w") as ws:

@@ -46,5 +46,5 @@ def test_a_run_is_indexed_once_however_often_it_is_read(ws):
     for _ in range(2):
         ws.run("sft-1").fold
         ws._runs.clear()
-        ws._indexed.clear()
+        ws.run_index._indexed.clear()
     assert [row.action for row in ws.store.audit(subject="sft-1")] == ["submit", "model_saved", "finished"]

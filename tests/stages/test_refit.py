@@ -31,7 +31,7 @@ def remember(ws, rows, kind: str, run_id: str = "reward-1", method: str = "rewar
     config = RewardModel().model_dump(mode="json")
     spec = RunSpec(run_id=run_id, workspace_id="w", method=method, config=config, policy=NamedModel(name="toy"),
                    data=data, created=0.0)  # fmt: skip
-    ws._remember(spec)
+    ws.run_index.remember(spec)
 
 
 def test_errors_join_the_data_they_were_missing_from(ws):

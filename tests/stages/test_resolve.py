@@ -221,7 +221,7 @@ def test_what_a_source_defines_anywhere_outside_its_functions_is_defined():
 def test_an_ensembles_members_become_one_reward_as_its_options_say(ws):
     for run_id, members in (("reward-1", 3), ("reward-2", 1)):
         config = RewardModel(members=members).model_dump(mode="json")
-        ws._remember(RunSpec(run_id=run_id, workspace_id="w", method="reward", config=config, created=0.0))
+        ws.run_index.remember(RunSpec(run_id=run_id, workspace_id="w", method="reward", config=config, created=0.0))
     model = RunModel(run_id="reward-1")
     assert resolve_reward(ws, "reward-1", verb="ppo") == ModelReward(model=model)
     worst = resolve_reward(ws, 'reward-1(over="min"), toy-true=0.5', verb="ppo").parts[0].reward
