@@ -38,6 +38,10 @@ class ComputeError(RlhfError, RuntimeError):
     """The attached compute, its agent or a worker did not do what was asked."""
 
 
+class RunIdTakenError(ComputeError):
+    """The attached compute has another run of that id: workspaces that share it count their runs each for itself."""
+
+
 class AttachError(ComputeError):
     """Nothing is attached, or attaching failed."""
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from rlhf_nb import registry
 from rlhf_nb.errors import (
     ComputeError,
@@ -25,7 +27,15 @@ from rlhf_nb.errors import (
     did_you_mean,
 )
 from rlhf_nb.protocol import control as controls
-from rlhf_nb.protocol.events import EFFECTIVE_ENOUGH, TERMINAL, AnyEvent, Previewed, RewardReplaced, Samples
+from rlhf_nb.protocol.events import (
+    EFFECTIVE_ENOUGH,
+    TERMINAL,
+    AnyEvent,
+    Coefficient,
+    Previewed,
+    RewardReplaced,
+    Samples,
+)
 from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import CombinedReward, ModelReward, RunModel, RunSpec, describe, reward_parts
 
@@ -245,7 +255,10 @@ class Run:
         import pandas
 
         table = self.fold.table()
-        return pandas.DataFrame(table).set_index("step", drop=False) if table else pandas.DataFrame({"step": []})
+        if not table:
+            return pandas.DataFrame({"step": []})
+        # A name that is both the index's and a column's cannot be sorted, grouped or merged by.
+        return pandas.DataFrame(table).set_index("step", drop=False).rename_axis(None)
 
     def log_tail(self, lines: int = 20) -> list[str]:
         with self._there() as client:
@@ -271,18 +284,22 @@ class Run:
             return self._other_reward(name.partition("/")[2], value, why)
         if not isinstance(value, int | float):
             raise SpecError(f"{self.id}: {name}={value!r} is no number")
-        known = self.fold.coefficients
-        if known:
-            if name not in known:
-                raise SpecError(
-                    f'{self.id}: "{name}" is not live in this run{did_you_mean(name, known)}  live: {", ".join(known)}'
-                )
-            live = known[name]
-            if live.unavailable_reason:
-                raise UnavailableError(f"{self.id}: {name}: {live.unavailable_reason}")
-            if not live.low <= value <= live.high:
-                raise SpecError(f"{self.id}: {name}={value:g} is outside its range {live.low:g} to {live.high:g}")
+        known = self.fold.coefficients or self._live_at_start()
+        if name not in known:
+            hint = f"{did_you_mean(name, known)}  live: {', '.join(known)}" if known else "; nothing is"
+            raise SpecError(f'{self.id}: "{name}" is not live in this run{hint}')
+        live = known[name]
+        if live.unavailable_reason:
+            raise UnavailableError(f"{self.id}: {name}: {live.unavailable_reason}")
+        if not live.low <= value <= live.high:
+            raise SpecError(f"{self.id}: {name}={value:g} is outside its range {live.low:g} to {live.high:g}")
         return controls.SetCoefficient(name=name, value=value, why=why)
+
+    def _live_at_start(self) -> dict[str, Coefficient]:
+        """What a run that waits or starts will say is live."""
+        method = registry.methods.get(self.spec.method).create(**self.spec.config)
+        values = method.start_values(self.spec)
+        return {live.name: live.describe(values[live.name], method) for live in method.live_in(self.spec)}
 
     def _other_reward(self, part: str, value: Any, why: str) -> controls.SetReward:
         from rlhf_nb.stages.resolve import resolve_reward
@@ -342,7 +359,13 @@ class Run:
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise SpecError(f"{self.id}: {name}={value!r}: a preview needs a tether, a number above 0")
         wanted = [float(one) for one in values] or [float(value)]
-        return self._ask(controls.Preview(name=name, values=wanted, prompts=prompts, samples=samples))
+        try:
+            asked = controls.Preview(name=name, values=wanted, prompts=prompts, samples=samples)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            field, said = str(wrong["loc"][0]), wrong["msg"].lower().replace("input should", "should")
+            raise SpecError(f"{self.id}: preview {field}={wrong['input']!r}: {said}") from None
+        return self._ask(asked)
 
     def resume(self) -> Pending | Run:
         """Continue a paused run; restart a failed or stopped one from its last checkpoint."""

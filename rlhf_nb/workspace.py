@@ -49,6 +49,8 @@ class Workspace(Verbs):
         self.reward_functions: dict[str, FunctionReward] = {}
         self._client: Client | None = None
         self._attach_flags, self._standby = "", True
+        self._detached = False
+        """By a person, who then wants no kernel to come back by itself."""
         self._retry_at = 0.0
         self._orphans: list[Subscription] = []
         """Of the compute that was let go, for the one attached next: a panel goes on."""
@@ -134,6 +136,7 @@ class Workspace(Verbs):
                 free()
                 before = self._let_go()
                 self._client, self._attach_flags, self._standby = client, launch, standby
+                self._detached = False
                 client.adopt(self._orphans)
                 self._orphans = []
         except AttachError:
@@ -148,8 +151,9 @@ class Workspace(Verbs):
         return client
 
     def detach(self) -> None:
-        """Let go of the attached compute. Runs go on; an idle standby ends."""
+        """Let go of the attached compute, until `attach`. Runs go on; an idle standby ends."""
         with self._lock:
+            self._detached = True
             before = self._let_go()
         if before is not None:
             before.close()
@@ -164,7 +168,7 @@ class Workspace(Verbs):
     @property
     def client(self) -> Client:
         """The attached compute: what was lost, attached again. After a kernel restart a directory workspace attaches
-        local again by itself, to steer, unless something else was attached last.
+        local again by itself, to steer, unless something else was attached last, or all was detached.
 
         Raises:
             AttachError: Nothing is attached, or what is lost cannot be reached, or somebody is about to reach it.
@@ -183,7 +187,8 @@ class Workspace(Verbs):
 
     def _local_again(self) -> Client:
         last = self._last_attach()
-        if self.directory is None or not self.run_ids() or (last and last["launcher"]["kind"] != "local"):
+        elsewhere = last is not None and last["launcher"]["kind"] != "local"
+        if self._detached or self.directory is None or not self.run_ids() or elsewhere:
             raise AttachError(self.unattached)
         # Of several panels that ask at once the first starts the kernel, and the others wait for it.
         with self._starting:

@@ -36,7 +36,7 @@ from rlhf_nb.compute.rundir import (
 )
 from rlhf_nb.compute.supervisor import Lock, ensure_supervised, hand_over, parent_state, reap, start_supervisor
 from rlhf_nb.compute.turns import Turns
-from rlhf_nb.errors import ComputeError, NotFoundError, RlhfError, SpecError, did_you_mean
+from rlhf_nb.errors import ComputeError, NotFoundError, RlhfError, RunIdTakenError, SpecError, did_you_mean
 from rlhf_nb.protocol.control import parse_control
 from rlhf_nb.protocol.events import TERMINAL, Resumed
 from rlhf_nb.protocol.spec import BlobData, Launch, RunSpec
@@ -265,7 +265,7 @@ class Agent:
         run = RunDir(self.runs_root / asked.run_id)
         if run.attempt_path.exists():
             if run.spec() != asked:
-                raise ComputeError(
+                raise RunIdTakenError(
                     f"run {asked.run_id} exists on the attached compute with another spec; choose another id"
                 )
             return {"created": False}

@@ -336,9 +336,8 @@ class Client:
         if fold.is_terminal:
             return fold.state
         row = self.status(run_id)
-        if row["state"] in ("running", "paused") and fold.started is not None and fold.attempt == row["attempt"]:
-            return fold.state
-        return row["state"]
+        started = fold.started is not None and fold.started.attempt == row["attempt"]
+        return fold.state if started and row["state"] in ("running", "paused") else str(row["state"])
 
     def events(self, run_id: str, since: int = 0) -> list[AnyEvent]:
         """Every event after `since`."""

@@ -88,6 +88,7 @@ def claim(runs_root: Path, launch: Launch) -> tuple[Standby | None, str]:
 
 def start(runs_root: Path, launch: Launch) -> tuple[Standby, subprocess.Popen[bytes]]:
     """Start one, detached. It leaves when the returned process's stdin is closed, unless it has a job by then."""
+    offer = {"flags": list(launch.flags), "ranks": launch.num_processes}
     path = Path(runs_root) / ".standby" / uuid.uuid4().hex[:12]
     (path / "ranks").mkdir(parents=True)
     write_json(path / "started.json", {"at": time.time()})
@@ -101,7 +102,7 @@ def start(runs_root: Path, launch: Launch) -> tuple[Standby, subprocess.Popen[by
         )
     # Offered at once: a run that comes while it imports is still faster with it than with a second import beside it.
     write_json(path / "owner.json", ProcessIdentity.of(process.pid).to_dict())
-    write_json(path / "offer.json", {"flags": list(launch.flags), "ranks": launch.num_processes})
+    write_json(path / "offer.json", offer)
     return Standby(path), process
 
 

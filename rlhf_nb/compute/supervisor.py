@@ -186,8 +186,7 @@ class Supervisor:
             with self.turns.lock():
                 ahead = self.turns.ahead_of(self.run.run_id)
                 if ahead is None:
-                    self._begin()
-                    return None
+                    return self._begin()
             self._say(f"queued behind {ahead}")
             if self._stop_asked():
                 return self._exit("stopped", "stopped while it was queued; there is no model")
@@ -196,21 +195,24 @@ class Supervisor:
                 ensure_supervised(self.runs_root / ahead)
             time.sleep(POLL_S)
 
-    def _begin(self) -> None:
-        """Under the turns' lock: from here on the run computes."""
+    def _begin(self) -> postmortem.Exit | None:
+        """Under the turns' lock: from here on the run computes. What cannot be launched at all has ended."""
         taken, reason = standby.claim(self.runs_root, self.spec.launch)
         if taken is not None:
             hand_over(self.run, taken)
-            return
+            return None
         self._say(f"starting cold: {reason}")
         # Said first: killed before it knows the launcher, this process leaves one that the next supervisor looks for.
         self._phase("computing", oom_kills=postmortem.oom_kills())
-        arguments = ["--run", str(self.run.path)]
-        with open(self.run.log_path, "ab") as log:
-            self.launcher = _launch(
-                launching.command(self.spec.launch, arguments), self.spec.launch, log, self.run.path
-            )
+        launch, arguments = self.spec.launch, ["--run", str(self.run.path)]
+        try:
+            with open(self.run.log_path, "ab") as log:
+                self.launcher = _launch(launching.command(launch, arguments), launch, log, self.run.path)
+        except (OSError, ValueError) as error:
+            # Raised, it would be met again by every supervisor that took this one's place.
+            return self._exit("failed", f"launch={' '.join(launch.flags)!r} starts no process: {error}")
         self._phase("computing", launcher=ProcessIdentity.of(self.launcher.pid).to_dict())
+        return None
 
     def take_over(self, launcher: subprocess.Popen[bytes], standby_path: Path) -> None:
         """A standby's supervisor becomes the run's."""

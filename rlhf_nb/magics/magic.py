@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb import workspace as workspaces
-from rlhf_nb.errors import NotFoundError, RunFailedError, SpecError, did_you_mean
+from rlhf_nb.errors import NotFoundError, RunFailedError, SpecError, UnavailableError, did_you_mean
 from rlhf_nb.magics import awaiting, parser
 
 if TYPE_CHECKING:
@@ -162,6 +162,13 @@ def _run(ws: Workspace, name: str | None) -> Run:
     return ws.run(ids[-1])
 
 
+def _begun(ws: Workspace, name: str, verb: str) -> Run:
+    run = ws.run(name)
+    if run.state == "waiting":
+        raise UnavailableError(f"{verb}: {name} waits and has no policy yet; %rlhf {verb} answers once it runs")
+    return run
+
+
 def _set(ws: Workspace, args: argparse.Namespace) -> Any:
     run = ws.run(args.run)
     asked: dict[str, Any] = {}
@@ -176,14 +183,15 @@ def _set(ws: Workspace, args: argparse.Namespace) -> Any:
     for name, one in asked.items():
         run.check_set(name, one)
     pending = [run.set(name, one, why=args.why) for name, one in asked.items()]
-    if run.state == "paused":
-        # Nothing comes into force during a pause; the panel shows it as asked.
-        return Lines([f"{p.what} asked; in force when the run goes on" for p in pending])
+    if (state := run.state) in ("paused", "waiting"):
+        # Nothing comes into force before the run goes on or starts; the panel shows it as asked.
+        then = "goes on" if state == "paused" else "runs"
+        return Lines([f"{p.what} asked; in force when the run {then}" for p in pending])
     return Lines([str(p.wait()) for p in pending])
 
 
 def _preview(ws: Workspace, args: argparse.Namespace) -> Any:
-    run = ws.run(args.run)
+    run = _begun(ws, args.run, "preview")
     pending = [
         run.preview(name, value, prompts=args.prompts, samples=args.samples)
         for name, value in parser.assignments(args.assignments, "preview").items()
@@ -229,7 +237,7 @@ def _label(ws: Workspace, args: argparse.Namespace) -> Any:
 
 
 def _sample(ws: Workspace, args: argparse.Namespace) -> Any:
-    run = ws.run(args.run)
+    run = _begun(ws, args.run, "sample")
     answer = run.sample(*args.prompts).wait(timeout=120)
     lines = []
     for item in getattr(answer, "items", []):
@@ -258,8 +266,21 @@ def _export(ws: Workspace, args: argparse.Namespace) -> Any:
     return ws.export(args.model, args.directory, form=form, push=args.push, private=not args.public)
 
 
+def _knobs(args: argparse.Namespace, verb: str, *, flag: str = "set", also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The key=value words of a line, each of them a setting that the line has no other place for.
+
+    Args:
+        also: Settings that may be given either way.
+    """
+    knobs = parser.assignments(getattr(args, flag), verb)
+    for key in knobs:
+        if key in vars(args) and key not in also:
+            raise SpecError(f"{verb}: --{flag} {key}=...: {key} has its own place in the line; %rlhf? shows it")
+    return knobs
+
+
 def _generate(ws: Workspace, args: argparse.Namespace) -> Run:
-    knobs = parser.assignments(args.set, "generate")
+    knobs = _knobs(args, "generate", also=("n", "keep"))
     knobs |= {"n": args.n} if args.n is not None else {}
     knobs |= {"keep": args.keep} if args.keep is not None else {}
     run = ws.generate(
@@ -275,7 +296,7 @@ def _generate(ws: Workspace, args: argparse.Namespace) -> Run:
 
 
 def _refit(ws: Workspace, args: argparse.Namespace) -> Run:
-    knobs = parser.assignments(args.set, "refit")
+    knobs = _knobs(args, "refit")
     return _show(ws.refit(args.model, scored=args.scored, labels=args.labels, **knobs))
 
 
@@ -292,14 +313,14 @@ def _who(args: argparse.Namespace) -> Any:
 
 
 def _judge(ws: Workspace, args: argparse.Namespace) -> Run:
-    knobs = parser.assignments(args.set, "judge")
+    knobs = _knobs(args, "judge")
     who, by = _who(args), args.constitution
     more = {"principle": args.principle, "launch": args.launch, "title": args.title}
     return _show(ws.judge(args.data, judge=who, constitution=by, **more, **knobs))
 
 
 def _constitutional(ws: Workspace, args: argparse.Namespace) -> Run:
-    knobs = parser.assignments(args.set, "constitutional")
+    knobs = _knobs(args, "constitutional")
     more = {"half": args.half, "launch": args.launch, "title": args.title}
     made = ws.constitutional(
         args.policy, prompts=args.prompts, constitution=args.constitution, judge=_who(args), **more, **knobs
@@ -330,7 +351,7 @@ def _iterate(ws: Workspace, args: argparse.Namespace) -> Any:
             adapter=LoRA() if args.adapter else None,
             launch=args.launch,
             name=args.name,
-            **parser.assignments(args.sampling, "iterate"),
+            **_knobs(args, "iterate", flag="sampling"),
         )
     if found.state == "labelling" and found.rows_are_there:
         from rlhf_nb.ui import show_labeller
@@ -394,6 +415,9 @@ def _cell(words: list[str], cell: str) -> Any:
         raise SpecError(f"{verb}: the cell is not TOML: {error}") from None
     args = vars(parser.parser(verb).parse_args(rest))
     top = {key: config.pop(key) for key in _TOP if key in config}
+    for key in ("title", "launch"):
+        if not isinstance(top.get(key, ""), str):
+            raise SpecError(f'{verb}: {key}={top[key]!r} is no text; write {key} = "..."')
     if "policy" in top and "base" in top:
         raise SpecError(f"{verb}: policy and base name the same model; give one of them")
     if "data" in top and "prompts" in top:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -127,9 +127,18 @@ class Method(BaseModel):
         return kind if kind in cls.also else cls.rows
 
     def live_in(self, spec: RunSpec) -> tuple[LiveCoefficient, ...]:
-        """The live coefficients of one run: a combined reward adds a weight for each of its parts."""
+        """The live coefficients of one run: a combined reward adds a weight for each of its parts.
+
+        A range holds the value that the run starts with, so that a person who moved it can always go back.
+        """
         parts = reward_parts(spec.reward)
-        return (*self.live, *(_weight(part) for part in parts if len(parts) > 1))
+        return (*map(self._holding_start, self.live), *(_weight(part) for part in parts if len(parts) > 1))
+
+    def _holding_start(self, live: LiveCoefficient) -> LiveCoefficient:
+        start = getattr(self, live.name)
+        if start is None or live.low <= start <= live.high:
+            return live
+        return replace(live, low=min(live.low, float(start)), high=max(live.high, float(start)))
 
     def start_values(self, spec: RunSpec) -> dict[str, float]:
         """What the live coefficients are at the start, by name; of one that was left out, its lowest value."""

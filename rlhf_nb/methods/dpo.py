@@ -102,7 +102,7 @@ class DPO(GradientMethod):
     """Peak of the schedule. 1e-6 suits whole models of a billion parameters; LoRA wants 1e-5, the toy model 1e-4."""
 
     def live_in(self, spec: RunSpec) -> tuple[LiveCoefficient, ...]:
-        return tuple(self._smoothing if live is SMOOTHING else live for live in super().live_in(spec))
+        return tuple(self._smoothing if live.name == SMOOTHING.name else live for live in super().live_in(spec))
 
     @property
     def _smoothing(self) -> LiveCoefficient:

@@ -172,7 +172,7 @@ class OnlineDPO(GradientMethod):
             trainer,
             context,
             names=NAMES,
-            live=[write(live) for live in self.live_in(context.spec) if live is not LEARNING_RATE],
+            live=[write(live) for live in self.live_in(context.spec) if live.name != LEARNING_RATE.name],
             derive=derive,
             sampler=lambda built: Sampler.of(context, built, policy, score=scoring.look, gold=scoring.look_at_gold),
         )

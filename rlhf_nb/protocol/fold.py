@@ -175,6 +175,10 @@ class RunFold:
         self.held = ""
         if event.from_step is None:
             return
+        if self.started is None or self.started.attempt < event.attempt:
+            # Restarted, and perhaps behind other runs: whether it waits or starts is its supervisor's to say.
+            self.state = "waiting"
+        self.failure, self.outcome, self.ended_at = None, None, None
         kept = [row for row in self.rows if row.step <= event.from_step]
         if len(kept) != len(self.rows):
             self.rows, self.generation = kept, self.generation + 1

@@ -252,7 +252,7 @@ class Launch(Frozen):
         """Split as a shell would.
 
         Raises:
-            SpecError: A quote is left open, or the number of ranks stands in a file that is read elsewhere.
+            SpecError: A quote is left open, the number of ranks is none, or it stands in a file that is read elsewhere.
         """
         try:
             launch = cls(flags=tuple(shlex.split(text)))
@@ -264,6 +264,9 @@ class Launch(Frozen):
                 f"launch: the number of ranks in --config_file {file} is not seen from here; say it beside: "
                 f"--config_file {file} --num_processes 2"
             )
+        ranks = launch.option("num_processes")
+        if ranks is not None and not (ranks.isascii() and ranks.isdigit() and int(ranks) > 0):
+            raise SpecError(f"launch: --num_processes {ranks!r} is no number of ranks; give 1 or more")
         return launch
 
     def option(self, name: str) -> str | None:

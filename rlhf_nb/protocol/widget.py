@@ -87,7 +87,9 @@ class Change(Message):
     why: str = ""
     t: float = 0.0
     cell: str = ""
-    """The same as a cell."""
+    """The same as a cell; empty where it followed from another."""
+    follows: str = ""
+    """The change it came with: kl_coef set by hand switches its controller off."""
 
 
 class HumanPoint(Message):

@@ -118,6 +118,8 @@ def iterate(
         raise SpecError(
             f"iterate: {method.name} trains on {method.rows}, and a round makes pairs; give dpo, orpo or simpo"
         )
+    if _NUMBER.fullmatch(name):
+        raise SpecError(f'iterate: name="{name}" is what iterations without a name are counted by; give another')
     if rounds < 1:
         raise SpecError(f"iterate: rounds={rounds}: give 1 or more")
     for knob in ("keep", "drop_ties"):
@@ -127,7 +129,7 @@ def iterate(
         raise SpecError("iterate: reward and judge both order the completions; give one of them")
     if judge is None and (constitution is not None or principle):
         raise SpecError("iterate: a constitution or a principle is a judge's; give --judge")
-    sampling = {"n": n or (4 if reward is not None else 2), **sampling}
+    sampling = {"n": n if n is not None else 4 if reward is not None else 2, **sampling}
     checked = registry.methods.get("generate").create(**sampling)
     if checked.n < 2:
         raise SpecError(f"iterate: n={checked.n} completions of a prompt make no pair; give 2 or more")
@@ -147,18 +149,22 @@ def iterate(
         launch=launch,
     )
     _check(workspace, method, plan)
+    workspace.client  # noqa: B018 - raises where nothing is attached: no name is taken then
     return Iteration(workspace, _kept(workspace, plan)).advance()
 
 
 def iteration(workspace: Workspace, name: str) -> Iteration:
     """An iteration by name, from any process; see `Workspace.iteration`."""
-    known = {spec.label_as for spec in map(workspace.spec, workspace.run_ids())}
-    names = sorted({found[1] for label in known if (found := re.fullmatch(r"(.+) · round \d+ · \w+", label))})
+    names = [kept for kept in workspace.store.kept(_key("")) if not _NUMBER.fullmatch(kept)]
     if name not in names:
         raise NotFoundError(
             f'iteration "{name}" does not exist{did_you_mean(name, names)}  known: {", ".join(names) or "none"}'
         )
     return Iteration(workspace, Plan.model_validate_json(workspace.store.keep_first(_key(name), "")))
+
+
+_NUMBER = re.compile(r"number \d+")
+"""What is kept under these keys is which process counted so far, and no iteration."""
 
 
 def _key(name: str) -> str:

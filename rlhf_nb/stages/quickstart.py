@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from rlhf_nb.compute.rundir import storage_errors
-from rlhf_nb.errors import NotFoundError
+from rlhf_nb.errors import NotFoundError, StorageError
 from rlhf_nb.stages.tables import Table
 
 
@@ -27,7 +27,10 @@ def quickstart(directory: str | Path = ".") -> Table:
     target = Path(directory)
     rows = []
     with storage_errors(target):
-        target.mkdir(parents=True, exist_ok=True)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+            raise StorageError(f"{target}: no directory can be made there ({error.strerror}); give another") from None
         for source in notebooks():
             there = (target / source.name).exists()
             if not there:

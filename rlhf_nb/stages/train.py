@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from rlhf_nb.errors import SpecError
+from rlhf_nb.errors import RunIdTakenError, SpecError
 from rlhf_nb.methods.base import Method
 from rlhf_nb.protocol.spec import (
     BlobData,
@@ -124,4 +125,7 @@ def _some_rows(workspace: Workspace, data: NamedData | BlobData | RunData, n: in
 def submit(workspace: Workspace, spec: RunSpec) -> Run:
     """Number the run only when everything about it has been checked, so that a typo takes no number."""
     workspace.client  # noqa: B018 - raises where nothing is attached
-    return workspace.submit(spec.model_copy(update={"run_id": workspace.store.next_run_id(spec.method)}))
+    while True:
+        numbered = spec.model_copy(update={"run_id": workspace.store.next_run_id(spec.method)})
+        with contextlib.suppress(RunIdTakenError):
+            return workspace.submit(numbered)

@@ -86,6 +86,13 @@ class Database:
             connection.execute(self._insert(schema.meta).values(key=key, value=value).on_conflict_do_nothing())
             return connection.execute(query).scalar_one()
 
+    def kept(self, prefix: str) -> list[str]:
+        """The keys of `keep_first` that begin so, without the beginning, in alphabetical order."""
+        key = schema.meta.c.key
+        query = sa.select(key).where(key.startswith(prefix, autoescape=True)).order_by(key)
+        with self._read() as connection:
+            return [str(found).removeprefix(prefix) for found in connection.execute(query).scalars()]
+
     def close(self) -> None:
         """Give back the connections. Closing twice is fine."""
         self._closed = True

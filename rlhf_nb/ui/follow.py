@@ -68,15 +68,26 @@ class Follower:
             return self.fold.generation, self.fold.rows[first:], list(self.metrics)
 
     def newest_samples(self, step: int | None = None) -> Samples | None:
+        """What was sampled at a step, by default the last: the run's own, then what people asked for."""
         with self.lock:
-            for samples in reversed(self.fold.samples):
-                if samples.items and (step is None or samples.step == step):
-                    return samples
-        return None
+            at = step if step is not None else next(reversed(self.sample_steps()), None)
+            found = [samples for samples in self.fold.samples if samples.items and samples.step == at]
+            own = [samples for samples in found if samples.request_id is None][-1:]
+            shown = own + [samples for samples in found if samples.request_id is not None]
+            if not shown:
+                return None
+            items = [item for samples in shown for item in samples.items]
+            return shown[0].model_copy(update={"items": items, "seq": max(samples.seq for samples in shown)})
+
+    def drawn_samples(self) -> Samples | None:
+        """The run's own newest: a win rate is not of prompts that somebody picked."""
+        with self.lock:
+            own = (samples for samples in reversed(self.fold.samples) if samples.items and samples.request_id is None)
+            return next(own, None)
 
     def sample_steps(self) -> list[int]:
         with self.lock:
-            return [samples.step for samples in self.fold.samples if samples.items]
+            return list(dict.fromkeys(samples.step for samples in self.fold.samples if samples.items))
 
     def status(self, state: str, *, watching: int = 0, trouble: str = "") -> Status:
         """The header.
@@ -128,7 +139,7 @@ class Follower:
                 )
                 for name, coefficient in fold.coefficients.items()
             ]
-            newest = self.newest_samples()
+            newest = self.drawn_samples()
             return Controls(
                 sliders=sliders,
                 changes=[self._change(change) for change in fold.changes[-SHOWN_CHANGES:]],
@@ -152,7 +163,8 @@ class Follower:
             who=change.who,
             why=change.why,
             t=change.t,
-            cell=set_cell(self.run_id, change.name, change.new),
+            cell="" if change.follows else set_cell(self.run_id, change.name, change.new),
+            follows=change.follows,
         )
 
 

@@ -354,7 +354,7 @@ class Panel(anywidget.AnyWidget):
         from rlhf_nb.labelling.items import model_items
         from rlhf_nb.labelling.session import LabelSession
 
-        samples = self._follower.newest_samples()
+        samples = self._follower.drawn_samples()
         if samples is None or self._store is None:
             return None
         items = [item for item in samples.items if item.reference_completion is not None]

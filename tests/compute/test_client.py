@@ -12,7 +12,7 @@ from rlhf_nb.compute.client import Client
 from rlhf_nb.compute.connection import Connection
 from rlhf_nb.compute.rundir import RunDir, write_json
 from rlhf_nb.compute.transports.local import LocalKernel
-from rlhf_nb.errors import ComputeError, NotFoundError
+from rlhf_nb.errors import ComputeError, NotFoundError, RunIdTakenError
 from rlhf_nb.protocol.control import Pause, Resume, SetCoefficient, Stop
 from rlhf_nb.protocol.events import Metric
 from rlhf_nb.protocol.fold import RunFold
@@ -45,7 +45,7 @@ def test_a_live_run_is_steered_and_submitting_it_again_changes_nothing(
     first_metric(client, spec.run_id)
     to_metric = time.perf_counter() - began
     client.submit(spec, BLOBS)
-    with pytest.raises(ComputeError, match="exists on the attached compute with another spec"):
+    with pytest.raises(RunIdTakenError, match="exists on the attached compute with another spec"):
         client.submit(spec.model_copy(update={"who": "somebody else"}))
 
     fold = RunFold()

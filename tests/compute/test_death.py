@@ -116,6 +116,13 @@ def test_an_error_on_the_second_rank_is_the_reason_though_the_first_falls_too(tw
     assert last.reason == "rank 1: ValueError: the probe was told to fail"
 
 
+def test_what_cannot_be_launched_has_failed_and_is_not_tried_for_ever(cold_client: Client) -> None:
+    # As a file written by hand says it: `Launch.parse` refuses it.
+    spec = toy_spec().model_copy(update={"launch": Launch(flags=("--num_processes", "two"))})
+    cold_client.submit(spec, BLOBS)
+    assert failed(cold_client, spec.run_id).reason.startswith("launch='--num_processes two' starts no process: invalid")
+
+
 def test_a_world_of_another_size_fails_at_its_start(cold_client: Client, tmp_path: Path) -> None:
     # A configuration file for several CPU processes makes accelerate start one.
     config = tmp_path / "accelerate.yaml"

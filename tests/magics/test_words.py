@@ -12,8 +12,17 @@ import pytest
 
 import rlhf_nb as rl
 from rlhf_nb import workspace
-from rlhf_nb.errors import AttachError, DataError, NotFoundError, RlhfError, SpecError
-from rlhf_nb.protocol.events import Coefficient, Started
+from rlhf_nb.errors import (
+    AttachError,
+    DataError,
+    NotFoundError,
+    RlhfError,
+    RunIdTakenError,
+    SpecError,
+    StorageError,
+    UnavailableError,
+)
+from rlhf_nb.protocol.events import Coefficient, Metric, Started
 
 
 def test_a_bare_magic_says_what_is_attached_and_which_workspace(shell):
@@ -87,6 +96,30 @@ def test_a_misspelt_verb_suggests_the_nearest(shell):
         ("%%rlhf sft\nmax_steps = = 3", SpecError, "not TOML"),
         ("%%rlhf sft\nbase = 'toy'\ndata = 'toy-demonstrations'\nmax_step = 3", SpecError, 'did you mean "max_steps"'),
         ("%%rlhf sft\nbase = 'toy'\ndata = 'a'\nprompts = 'b'", SpecError, "data and prompts name the same rows"),
+        ("%%rlhf sft\ntitle = 3", SpecError, "title=3 is no text"),
+        ("%%rlhf sft\nlaunch = ['--cpu']", SpecError, r"launch=\['--cpu'\] is no text"),
+        ('%rlhf attach local --launch "--num_processes two"', SpecError, "--num_processes 'two' is no number of ranks"),
+        (
+            "%rlhf sft --base toy --data toy-demonstrations --launch=--num_processes=0",
+            SpecError,
+            "--num_processes '0' is no number of ranks",
+        ),
+        ("%rlhf generate --policy toy --prompts toy-prompts --set reward=x", SpecError, "reward has its own place"),
+        ("%rlhf refit reward-9 --scored x --labels y --set scored=z", SpecError, "scored has its own place"),
+        ("%rlhf judge toy-pairs --judge toy-annotator --set principle=x", SpecError, "principle has its own place"),
+        (
+            "%rlhf constitutional --policy toy --prompts toy-prompts --constitution toy-town --set half=preferences",
+            SpecError,
+            "half has its own place",
+        ),
+        (
+            "%rlhf iterate --policy toy --prompts toy-prompts --sampling n=8",
+            SpecError,
+            "--sampling n=...: n has its own",
+        ),
+        ("%rlhf iterate --policy toy-sft --prompts toy-prompts --reward toy-true --n 0", SpecError, "n=0"),
+        ("%rlhf iterate --policy toy-sft --prompts toy-prompts --name 'number 3'", SpecError, "give another"),
+        ("%rlhf quickstart /proc/x", StorageError, "/proc/x: no directory can be made there"),
         ("%%rlhf sft\nadapter = 'none'", SpecError, "adapter='none' is no adapter; write \"lora\", false, or"),
         ("%%rlhf sft\nadapter = 8", SpecError, "adapter=8 is no adapter"),
         ("%%rlhf sft\n[adapter]\nrank = 8", SpecError, '"rank" is no knob of an adapter.*known: r, alpha'),
@@ -144,6 +177,71 @@ def test_of_a_line_that_is_refused_nothing_is_set(shell, submitting, second, say
     with pytest.raises(SpecError, match=says):
         shell.run(f"%rlhf set dpo-1 learning_rate=0.5 {second}")
     submitting._client.control.assert_not_called()
+
+
+def test_what_is_set_on_a_run_that_waits_is_checked_as_on_one_that_trains(shell, submitting):
+    submitting.train(rl.PPO(kl_coef=0.0), policy="toy-sft", data="toy-prompts", reward="toy-true")
+    submitting._client.events.side_effect, submitting._client.state.return_value = lambda run_id, since: [], "waiting"
+    for line, says in (
+        ("lerning_rate=5", 'did you mean "learning_rate"'),
+        ("learning_rate=9e9", "outside its range 1e-08 to 0.1"),
+        ("kl_coef=-5", "outside its range 0 to 10"),
+    ):
+        with pytest.raises(SpecError, match=says):
+            shell.run(f"%rlhf set ppo-1 {line}")
+    for verb in ("preview ppo-1 kl_coef=0.1", "sample ppo-1 hello"):
+        with pytest.raises(UnavailableError, match="ppo-1 waits and has no policy yet"):
+            shell.run(f"%rlhf {verb}")
+    submitting._client.control.assert_not_called()
+    # What a run starts with is always within its range: who raised a tether from 0 can cut it again.
+    said = repr(shell.run("%rlhf set ppo-1 kl_coef=0 learning_rate=1e-5")).splitlines()
+    then = "asked; in force when the run runs"
+    assert said == [f"kl_coef=0 {then}", f"learning_rate=1e-05 {then}"]
+    assert submitting._client.control.call_count == 2
+
+
+def test_metrics_are_a_table_that_can_be_sorted_grouped_and_merged_by_step(shell, submitting):
+    run = submitting.train(rl.SFT(), base="toy", data="toy-demonstrations")
+    rows = [Metric(seq=step, step=step, values={"loss": 1 / step}) for step in (1, 2)]
+    submitting._client.events.side_effect = lambda run_id, since: [row for row in rows if row.seq > since]
+    table = run.metrics()
+    assert list(table.index) == list(table["step"]) == [1, 2]
+    assert list(table.sort_values("step", ascending=False).reset_index(drop=True)["loss"]) == [0.5, 1.0]
+    assert table.groupby("step").mean().merge(table, on="step")["loss_x"].tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("asked", ["--prompts 0", "--samples 1", "--samples 5000"])
+def test_how_much_a_preview_may_sample_is_one_line(shell, submitting, asked):
+    submitting.train(rl.PPO(), policy="toy-sft", data="toy-prompts", reward="toy-true")
+    submitting._client.events.side_effect, submitting._client.state.return_value = lambda run_id, since: [], "running"
+    name, value = asked.strip("-").split()
+    with pytest.raises(SpecError, match=f"ppo-1: preview {name}={value}: should be") as caught:
+        shell.run(f"%rlhf preview ppo-1 kl_coef=0.1 {asked}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_that_another_workspace_took_on_a_shared_compute_is_passed_over(shell, submitting):
+    taken = RunIdTakenError("another run is called so")
+    submitting._client.submit.side_effect = [taken, taken, None]
+    run = submitting.train(rl.SFT(), base="toy", data="toy-demonstrations")
+    assert run.id == "sft-3" and submitting.run_ids() == ["sft-3"]
+
+
+def test_what_is_detached_by_hand_stays_so_until_something_is_attached(shell, submitting, monkeypatch):
+    submitting.train(rl.SFT(), base="toy", data="toy-demonstrations")
+    submitting._client.release.return_value = []
+    again = Mock(side_effect=AttachError("no kernel"))
+    monkeypatch.setattr(submitting, "_attach", again)
+    shell.run("%rlhf detach")
+    shell.run("%rlhf runs")
+    with pytest.raises(AttachError, match="%rlhf attach local"):
+        shell.run("%rlhf stop sft-1")
+    again.assert_not_called()
+    # A process that only lost its handle, as after a kernel restart, looks for it.
+    with pytest.raises(AttachError), workspace.Workspace("rlhf-workspace") as other:
+        monkeypatch.setattr(other, "_attach", again)
+        _ = other.client
+    again.assert_called_once()
 
 
 def test_the_cell_shows_one_line_and_no_traceback(shell, capsys):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 import rlhf_nb as rl
-from rlhf_nb.errors import NotFoundError, RlhfError, RunFailedError, SpecError, UnavailableError
+from rlhf_nb.errors import AttachError, NotFoundError, RlhfError, RunFailedError, SpecError, UnavailableError
 from rlhf_nb.feedback.constitution import load
 from rlhf_nb.labelling.items import pair_items
 from rlhf_nb.protocol.spec import RunModel
@@ -120,6 +121,21 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(tmp_path, method
             ws.iterate(method, **{"policy": "toy", "prompts": "toy-prompts", **settings})
         with pytest.raises(NotFoundError, match=r'iteration "climb" does not exist.*known: none'):
             ws.iteration("climb")
+
+
+def test_an_iteration_cut_short_before_its_first_run_keeps_its_name(tmp_path, monkeypatch):
+    asked = {"policy": "toy", "prompts": "toy-prompts", "rounds": 2, "name": "climb"}
+    with rl.Workspace(tmp_path / "w") as ws:
+        with pytest.raises(AttachError):
+            ws.iterate(DPO, **asked)
+        ws._client = Mock(alive=True, info=SimpleNamespace(name="local", runs_root="/runs", host="gpu-1"))
+        with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+            cut.setattr("rlhf_nb.stages.iterate.Iteration.advance", Mock(side_effect=KeyboardInterrupt))
+            ws.iterate(DPO, **asked)
+        ws._client = None
+        assert ws.iteration("climb").plan.name == "climb"
+        with pytest.raises(NotFoundError, match=r'did you mean "climb".*known: climb$'):
+            ws.iteration("climbs")
 
 
 ASKED = {"policy": "toy", "prompts": "toy-prompts", "rounds": 2, "judge": "toy-annotator", "name": "climb"}

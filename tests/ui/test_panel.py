@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from rlhf_nb.protocol.events import CoefficientChanged, ControlAcknowledged, ControlRefused, Failed
+from rlhf_nb.protocol.events import (
+    CoefficientChanged,
+    ControlAcknowledged,
+    ControlRefused,
+    Failed,
+    Resumed,
+    SampleItem,
+    Samples,
+)
 from rlhf_nb.run import Run
 from rlhf_nb.ui.panel import Panel
+from rlhf_nb.workspace import Workspace
 
 from .conftest import _Pending, learning_rate
 
@@ -240,6 +250,57 @@ def test_a_dead_run_says_how_in_the_header(page, ppo, run):
     run.emit(Failed(reason="rank 0 was killed by SIGKILL", signal="SIGKILL", rank=0, log_tail=["last words"]))
     status = page.wait(lambda: [s for s in page.of("status") if s["state"] == "failed"])[-1]
     assert status["failure"] == "rank 0 was killed by SIGKILL" and status["failure_log"] == ["last words"]
+
+
+def test_a_run_that_was_restarted_waits_until_it_starts_and_is_not_what_it_died_of(page, ppo, run, monkeypatch):
+    ppo(5)
+    page.hello()
+    run.emit(Failed(reason="rank 0 was killed by SIGKILL", signal="SIGKILL", rank=0, log_tail=["last words"]))
+    # As the agent writes it, before there is a worker; the supervisor knows what the events do not.
+    monkeypatch.setattr(type(run), "state", property(lambda self: "starting"))
+    run.emit(Resumed(step=3, attempt=2, from_step=3))
+    status = page.wait(lambda: [s for s in page.of("status") if s["state"] == "starting"])[-1]
+    assert (status["failure"], status["failure_log"], status["attempt"], status["step"]) == ("", [], 2, 3)
+    run.start(attempt=2)
+    page.wait(lambda: page.of("status")[-1]["state"] == "running")
+    # A worker says again from where it goes on.
+    run.emit(Resumed(step=3, attempt=2, from_step=3))
+    assert run.fold.state == "running"
+
+
+def test_what_follows_from_a_move_is_no_move_of_its_own(page, ppo, run):
+    ppo(2)
+    page.hello()
+    move = CoefficientChanged(id="c", name="learning_rate", old=1e-4, new=3e-4, effective_step=3, who="alice")
+    run.emit(move, move.model_copy(update={"id": "c-holds", "name": "kl_controller", "follows": "c"}))
+    first, second = page.wait(lambda: [c for c in page.of("controls") if len(c["changes"]) == 2])[-1]["changes"]
+    assert first["follows"] == "" and first["cell"] == "%rlhf set ppo-7 learning_rate=0.0003"
+    assert second["follows"] == "c" and second["cell"] == ""
+
+
+def test_what_a_person_asked_for_is_shown_beside_the_runs_own_samples_and_is_not_labelled(
+    ppo, run, tmp_path, monkeypatch
+):
+    def said(prompt: str) -> SampleItem:
+        return SampleItem(prompt=prompt, completion="new", reference_completion="old")
+
+    ppo(2)
+    with Workspace(tmp_path / "w") as ws, closing(Panel(run, store=ws.store)) as panel:
+        page = Page(panel, monkeypatch)
+        mine, too = (
+            Samples(step=2, items=[said("mine")], request_id="r"),
+            Samples(step=2, items=[said("too")], request_id="s"),
+        )
+        run.emit(Samples(step=2, items=[said("its own")]), mine, too)
+        page.hello()
+        shown = page.wait(lambda: page.of("samples"))[-1]
+        assert [item["prompt"] for item in shown["items"]] == ["its own", "mine", "too"]
+        assert page.of("controls")[-1]["sample_steps"] == [2]
+        run.emit(Samples(step=3, items=[said("hand-picked")], request_id="t"))
+        page.wait(lambda: page.of("samples")[-1]["step"] == 3)
+        page.says("label_start")
+        queue = page.wait(lambda: page.of("label_queue"))[-1]
+        assert "at step 2" in queue["title"] and queue["total"] == 1
 
 
 def test_what_a_page_says_wrongly_is_answered_and_ends_nothing(page, ppo, run):

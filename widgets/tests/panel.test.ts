@@ -17,7 +17,7 @@ const controls = (more: Partial<Controls> = {}): Controls => ({
   kind: "controls", sliders: [slider("kl_coef"), slider("learning_rate")], changes: [], human: [], sample_steps: [], can_label: false, ...more,
 });
 const change = (more: Partial<Change> = {}): Change => ({
-  id: "c1", name: "kl_coef", old: 0.05, new: 0.08, step: 31, who: "mira", why: "", t: Date.now() / 1000, cell: "%rlhf set ppo-1 kl_coef=0.08", ...more,
+  id: "c1", name: "kl_coef", old: 0.05, new: 0.08, step: 31, who: "mira", why: "", t: Date.now() / 1000, cell: "%rlhf set ppo-1 kl_coef=0.08", follows: "", ...more,
 });
 
 function setUp() {
@@ -99,6 +99,22 @@ test("asked and in effect stay apart until they agree", () => {
   view.hear(controls({ sliders: [slider("kl_coef", { value: 0.08 })], changes: [change()] }));
   expect(view.slider("kl_coef").textContent).toContain("0.08 in effect");
   expect(view.find(".rlhf-applied").textContent).toContain("applied: kl_coef 0.05 → 0.08 at step 31 · mira");
+  view.end();
+});
+
+test("undo takes back what a person moved, and what followed from it", () => {
+  const view = setUp();
+  view.hear(status());
+  const holds = change({ id: "c1-holds", name: "kl_controller", old: 1, new: 0, cell: "", follows: "c1" });
+  view.hear(controls({ changes: [change(), holds] }));
+  expect(view.find(".rlhf-applied").textContent).toContain("applied: kl_coef 0.05 → 0.08 at step 31");
+  const undo = view.find<HTMLButtonElement>(".rlhf-footer button.rlhf-link");
+  expect(undo.title).toBe("set kl_coef back to 0.05");
+  undo.click();
+  expect(view.sets()).toEqual([
+    { kind: "set", name: "kl_coef", value: 0.05, why: "undo" },
+    { kind: "set", name: "kl_controller", value: 1, why: "undo" },
+  ]);
   view.end();
 });
 

@@ -26,6 +26,7 @@ export interface Change {
   why: string;
   t: number;
   cell: string;
+  follows: string;
 }
 
 export interface Command {

@@ -205,8 +205,7 @@ export function createPanel(el: HTMLElement, store: RunStore): () => void {
 
   // -- what was done, as words and as cells
   function drawFooter(): void {
-    const changes = store.controls?.changes ?? [];
-    const last = changes[changes.length - 1];
+    const last = changed().at(-1);
     const now = Date.now() / 1000 + store.clockSkew;
     const said = store.said;
     const saidIsNewer = said !== null && (!last || said.at / 1000 + store.clockSkew > last.t + 0.5);
@@ -222,12 +221,18 @@ export function createPanel(el: HTMLElement, store: RunStore): () => void {
     copy.disabled = !last && !said?.cell;
     label.hidden = !store.controls?.can_label || store.gone;
   }
+  /** What a person did; what followed from it is undone with it. */
+  function changed() {
+    return (store.controls?.changes ?? []).filter((change) => !change.follows);
+  }
   function undoLast(): void {
-    const last = store.controls?.changes.at(-1);
-    if (last) store.send({ kind: "set", name: last.name, value: last.old, why: "undo" });
+    const last = changed().at(-1);
+    if (!last) return;
+    const along = store.controls?.changes.filter((change) => change.follows === last.id) ?? [];
+    for (const each of [last, ...along]) store.send({ kind: "set", name: each.name, value: each.old, why: "undo" });
   }
   function offerCells(): void {
-    const done = (store.controls?.changes ?? []).slice(-8).map((change) => change.cell);
+    const done = changed().slice(-8).map((change) => change.cell);
     if (store.said?.cell && !done.includes(store.said.cell)) done.push(store.said.cell);
     const text = done.join("\n");
     const note = h("span.rlhf-quiet", {}, "");
