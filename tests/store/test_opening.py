@@ -44,6 +44,12 @@ def test_sqlite_is_durable_and_lets_readers_pass(directory_store):
         assert pragma("foreign_keys") == 1
 
 
+def test_what_is_kept_under_a_beginning_is_listed_as_it_is_written(store):
+    for key in ("round b", "round a", "round_a", "rounds", "round 100 %"):
+        store.keep_first(key, "x")
+    assert store.kept("round ") == ["100 %", "a", "b"] and store.kept("round_") == ["a"] and store.kept("no") == []
+
+
 def test_the_migrations_build_exactly_the_declared_tables(store):
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
