@@ -145,11 +145,16 @@ class ControlLoop:
         if self.paused and not self.stopping:
             with self.around_pause():
                 self._wait(step)
+        if self.checkpoint_requested and self.on_checkpoint is not None:
+            self.on_checkpoint()
         self._make_again(step, rollout)
         self._apply(step, rollout)
 
     on_idle: Callable[[], None] | None = None
     """Set by a trainer that can serve checkpoint and sample requests while paused."""
+    on_checkpoint: Callable[[], None] | None = None
+    """Set by a trainer whose checkpoints hold what coefficients are: those of step S are then taken before anything
+    comes into force at S + 1, and a restart from there makes it anew."""
     on_change: Callable[[CoefficientChanged], None] | None = None
     """Called after a coefficient that a person asked for was written."""
     preview_refusal: Callable[[], str | None] | None = None
