@@ -260,12 +260,12 @@ class PPO(OnlineMethod):
                 f"ppo: gamma={self.gamma:g} discounts towards a value model; use gamma=1 or value_model=own"
             )
 
-    def preview_refusal(self) -> str | None:
+    def preview_refusal(self, live: Live) -> str | None:
         if self.kl_in == "loss":
             return "kl_in=loss: its optimum is not known in closed form; a preview needs kl_in=reward"
         if self.gamma < 1:
             return "gamma below 1 moves the optimum to where no completion's score alone tells it; leave it out"
-        return super().preview_refusal()
+        return super().preview_refusal(live)
 
     def settles_at(self, tether: float) -> float:
         # The group's mean holds a share 1/G of each score itself.

@@ -25,11 +25,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rlhf_nb.errors import RewardError, SpecError
+from rlhf_nb.errors import SpecError
 from rlhf_nb.maths import kl
 from rlhf_nb.maths.controllers import RunningMoments
 from rlhf_nb.maths.masked import masked_sum
-from rlhf_nb.protocol.events import CoefficientChanged, ControlRefused
+from rlhf_nb.protocol.events import CoefficientChanged
 from rlhf_nb.training import actor_critic, distributed, models, not_finite, sharding
 from rlhf_nb.training.collect import collect
 from rlhf_nb.training.control import BoundCoefficient
@@ -178,7 +178,7 @@ class OnlineTrainer:
         loop = self.context.control
         loop.bind([self._bound(live) for live in self.method.live_in(self.context.spec)])
         loop.rewards = self.scoring
-        loop.preview_refusal = self.method.preview_refusal
+        loop.preview_refusal = partial(self.method.preview_refusal, self.live)
         loop.on_checkpoint = partial(self._because_asked, self._serve_checkpoint)
         loop.on_idle = partial(self._because_asked, self._serve)
         loop.on_change = self._hold_controller
@@ -332,12 +332,7 @@ class OnlineTrainer:
         if not self.context.is_main:
             return
         for preview in previews:
-            try:
-                self.emit.event(answer_preview(self, preview))
-            except RewardError as error:
-                # Only looked at: the same fault in a rollout ends the run.
-                reason = str(error).splitlines()[0]
-                self.emit.event(ControlRefused(id=preview.id, op=preview.op, reason=reason))
+            self.emit.event(answer_preview(self, preview))
 
     def _checkpoint_when_due(self) -> None:
         every = self.method.checkpoint_every

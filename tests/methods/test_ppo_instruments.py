@@ -26,7 +26,7 @@ from rlhf_nb.training.gradient_noise import GradientNoise
 from rlhf_nb.training.online_report import Report
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 
-from .conftest import fold, rollouts
+from .conftest import fold, pretraining, rollouts
 
 CONFIG = {
     "max_steps": 8, "rollout_batch_size": 8, "batch_size": 4, "num_ppo_epochs": 1, "max_new_tokens": 6,
@@ -62,12 +62,59 @@ def test_a_preview_is_answered_and_changes_nothing(ppo):
         ({"reference": "none"}, "reference=none"),
         ({"kl_in": "loss"}, "a preview needs kl_in=reward"),
         ({"gamma": 0.9}, "gamma below 1 moves the optimum"),
+        ({"entropy_coef": 0.1}, "entropy_coef=0.1 moves the optimum"),
+        ({"ptx_coef": 2.0}, "ptx_coef=2 moves the optimum"),
     ],
 )
 def test_a_preview_that_cannot_be_right_is_refused(ppo, knobs, reason):
-    place = ppo(max_steps=2, controls=[Preview(values=[0.1])], **knobs)
+    rows = {"pretraining": pretraining(ppo.job)} if "ptx_coef" in knobs else {}
+    place = ppo(max_steps=2, controls=[Preview(values=[0.1])], samples_per_prompt=2, **knobs, **rows)
     (refused,) = [event for event in place.events() if event.kind == "control_refused"]
     assert reason in refused.reason and not fold(place).previews
+    assert "convergence/gap" not in rollouts(place)[0]
+
+
+def test_a_bonus_that_comes_into_force_with_a_preview_refuses_it_and_ends_the_gap(ppo):
+    asked = [SetCoefficient(name="entropy_coef", value=0.1), Preview(values=[0.1])]
+    place = ppo(samples_per_prompt=2, after_step_1=asked, max_steps=4)
+    (refused,) = [event for event in place.events() if event.kind == "control_refused"]
+    assert "entropy_coef=0.1 moves the optimum" in refused.reason
+    assert ["convergence/gap" in row for row in rollouts(place)] == [True, False]
+
+
+def test_a_preview_is_drawn_in_pieces_of_a_rollout_and_says_what_one_batch_says(ppo, monkeypatch):
+    sizes: list[int] = []
+    genuine = TransformersSampler.sample
+
+    def sample(self: Any, prompts: Any, *arguments: Any, **named: Any) -> Any:
+        sizes.append(len(prompts))
+        return genuine(self, prompts, *arguments, **named)
+
+    monkeypatch.setattr(TransformersSampler, "sample", sample)
+    asked = Preview(values=[0.1, 1.0], prompts=3, samples=8)
+    knobs = {"controls": [asked], "max_steps": 1, "batch_size": 8}
+    small, large = ppo("small", **knobs), ppo("large", **knobs, rollout_batch_size=24)
+    assert sizes == [8, 8, 8, 8, 24, 24]
+    (one,), (other,) = (fold(place).previews.values() for place in (small, large))
+    for a, b in zip((one, *one.predictions), (other, *other.predictions), strict=True):
+        assert (a.reward, a.kl) == pytest.approx((b.reward, b.kl), rel=1e-4, abs=1e-6)
+
+
+def test_a_preview_that_memory_does_not_hold_is_refused_and_the_run_goes_on(ppo, monkeypatch):
+    genuine = TransformersSampler.sample
+    calls: list[int] = []
+
+    def sample(self: Any, prompts: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return genuine(self, prompts, *arguments, **named)
+
+    monkeypatch.setattr(TransformersSampler, "sample", sample)
+    place = ppo(controls=[Preview(values=[0.1], prompts=4, samples=8)])
+    (refused,) = [event for event in place.events() if event.kind == "control_refused"]
+    assert "prompts=4 with samples=8 of each are more than memory holds" in refused.reason
+    assert len(rollouts(place)) == 4
 
 
 def test_what_it_would_settle_at_is_the_optimum_that_the_method_comes_to():
