@@ -441,6 +441,7 @@ class OnlineTrainer:
         metrics["loss"] *= extent.tokens / self.method.normaliser(extent)
         if pretraining is not None:
             metrics["loss/pretraining"] = self.accelerator.reduce(pretraining, reduction="sum").item()
+            metrics["loss"] += self.live.ptx_coef * metrics["loss/pretraining"]
         self.noise.add()
         norms = self._norms()
         metrics["optimizer/grad_norm"] = torch.stack([sharding.whole(norm) for norm in norms]).norm().item()

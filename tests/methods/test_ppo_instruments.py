@@ -349,6 +349,8 @@ def test_a_restart_after_the_pause_takes_the_checkpoint_that_was_good(ppo, monke
     held(place, ppo.job, Stop())
     path, step = last_checkpoint(place)
     assert step == 4
+    # What led there was kept, as it is where nobody stops the run.
+    append_line(place.control_path, SetCoefficient(name="learning_rate", value=1e-3).model_dump(mode="json"))
     ppo.job.run(place, attempt=2, resume_from=place.path / path)
     assert fold(place).state != "paused" and [row["step"] for row in fold(place).table() if "loss" in row][-1] == 8
 
@@ -429,6 +431,15 @@ def test_the_controller_moves_kl_coef_once_for_each_rollout_that_was_measured(pp
 
     monkeypatch.setattr(online.OnlineTrainer, "_norms", nan_once)
 
+    left: list[int] = []
+    collect = online.OnlineTrainer.collect
+
+    def watched(self: Any) -> Any:
+        left.append(len(self.noise._pairs))
+        return collect(self)
+
+    monkeypatch.setattr(online.OnlineTrainer, "collect", watched)
+
     def counted(self: Any, measured: list[float], live: Any) -> None:
         moved.append(measured[0])
         adapt(self, measured, live)
@@ -437,6 +448,32 @@ def test_the_controller_moves_kl_coef_once_for_each_rollout_that_was_measured(pp
     place = ppo(prepare=True, kl_target=0.02, kl_horizon=40)
     held(place, ppo.job, Resume())
     assert [row["step"] for row in rollouts(place)] == [1, 3, 4, 6, 8] and len(moved) == 3
+    # Nor is anything left of its gradients.
+    assert set(left) == {0}
+
+
+def test_what_was_kept_at_the_pause_is_kept_by_a_restart_too(ppo, monkeypatch):
+    """Back from step 7 at 4: kl_coef had moved twice since, and the measurement by which it would move is used up."""
+    norms = online.OnlineTrainer._norms
+
+    def nan(self: Any) -> Any:
+        if self.step == 7 and self.context.attempt == 1:
+            dict(self.module.named_parameters())["policy.model.norm.weight"].grad[0] = float("nan")
+        return norms(self)
+
+    monkeypatch.setattr(online.OnlineTrainer, "_norms", nan)
+    place = ppo(prepare=True, kl_target=0.02, kl_horizon=40, checkpoint_every=4)
+    held(place, ppo.job, Stop())
+    moved = [
+        event.values["objective/kl_coef"]
+        for event in place.events()
+        if "objective/kl_coef" in getattr(event, "values", ())
+    ]
+    assert len(set(moved)) == 4
+    path, step = last_checkpoint(place)
+    ppo.job.run(place, attempt=2, resume_from=place.path / path)
+    after = {row["step"]: row["objective/kl_coef"] for row in rollouts(place)}
+    assert step == 4 and after[5] == moved[-1] != after[7]
 
 
 def test_a_policy_that_no_longer_speaks_and_was_never_kept_is_a_failed_run(ppo):
