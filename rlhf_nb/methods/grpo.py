@@ -127,7 +127,7 @@ class GRPO(OnlineMethod):
                 f"a fifth of it is usual"
             )
 
-    def preview_refusal(self) -> str | None:
+    def preview_refusal(self, live: Live) -> str | None:
         return f"{self.name} holds its KL in the loss: the optimum is not known in closed form; rloo and ppo can tell"
 
     # --- the maths --------------------------------------------------------------------------------------------------

@@ -203,10 +203,13 @@ class OnlineMethod(Method):
     def num_mini_batches(self) -> int:
         return self.rollout_batch_size // self.batch_size
 
-    def preview_refusal(self) -> str | None:
+    def preview_refusal(self, live: Live) -> str | None:
         """Why no preview can be made: it reads the optimum of the objective that the tether prices in the reward."""
         if self.reference != "frozen":
             return f"reference={self.reference}: there is no fixed reference that an optimum could be told from"
+        for name in ("entropy_coef", "ptx_coef"):
+            if (value := getattr(live, name)) > 0:
+                return f"{name}={value:g} moves the optimum to where no completion's score alone tells it; set it to 0"
         return None
 
     def settles_at(self, tether: float) -> float:

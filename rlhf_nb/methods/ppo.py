@@ -260,12 +260,12 @@ class PPO(OnlineMethod):
                 f"ppo: gamma={self.gamma:g} discounts towards a value model; use gamma=1 or value_model=own"
             )
 
-    def preview_refusal(self) -> str | None:
+    def preview_refusal(self, live: Live) -> str | None:
         if self.kl_in == "loss":
             return "kl_in=loss: its optimum is not known in closed form; a preview needs kl_in=reward"
         if self.gamma < 1:
             return "gamma below 1 moves the optimum to where no completion's score alone tells it; leave it out"
-        return super().preview_refusal()
+        return super().preview_refusal(live)
 
     def settles_at(self, tether: float) -> float:
         # The group's mean holds a share 1/G of each score itself.
@@ -303,7 +303,8 @@ class PPO(OnlineMethod):
         kl_coef = live.kl_coef if self.kl_in == "reward" else 0.0
         score_B = self.penalised(rollout, live)
         rewards_BT = token_rewards(score_B, kl_BT, mask_BT, kl_coef=kl_coef)
-        total_B = rewards_BT.sum(1)
+        # Wherever it is charged, the KL is paid for.
+        total_B = token_rewards(score_B, kl_BT, mask_BT, kl_coef=live.kl_coef).sum(1)
         if self.value_model == "none":
             if self.samples_per_prompt > 1:
                 groups_PG = score_B.view(-1, self.samples_per_prompt)
@@ -371,5 +372,11 @@ class PPO(OnlineMethod):
             return
         kl, completions = measured
         live.kl_coef = adapted_kl_coef(
-            live.kl_coef, kl, target=live.kl_target, completions=int(completions), horizon=self.kl_horizon
+            live.kl_coef,
+            kl,
+            target=live.kl_target,
+            completions=int(completions),
+            horizon=self.kl_horizon,
+            low=min(1e-4, self.kl_coef),
+            high=max(10.0, self.kl_coef),
         )

@@ -40,7 +40,12 @@ class Checker:
     def verdicts(self, pairs: Sequence[tuple[str, str]], *, timeout: int) -> list[bool]:
         """Whether each text's final answer is its reference."""
         with self._lock:
-            return [self._ask(reference, text[-TAIL:], timeout) for reference, text in pairs]
+            try:
+                return [self._ask(reference, text[-TAIL:], timeout) for reference, text in pairs]
+            except BaseException:
+                # reward_timeout, or Ctrl-C: what the child still says would be taken for the next question's answer.
+                self.close()
+                raise
 
     def _ask(self, reference: str, text: str, timeout: int) -> bool:
         question = json.dumps([reference, text, timeout]).encode() + b"\n"
@@ -75,15 +80,15 @@ class Checker:
 
     def close(self) -> None:
         """End the child."""
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
             with suppress(BrokenPipeError):
                 assert stream is not None
                 stream.close()
-        self._process = None
 
 
 checker = Checker()

@@ -42,6 +42,11 @@ if TYPE_CHECKING:
 POLL_WHILE_PAUSED_S = 0.05
 
 
+def of(asked: SetCoefficient | CoefficientChanged | SetReward | RewardReplaced) -> tuple[str, str]:
+    """What a set, or the change that came of one, is a set of."""
+    return ("reward", asked.part) if isinstance(asked, SetReward | RewardReplaced) else ("coefficient", asked.name)
+
+
 class RewardSlots(Protocol):
     """A run's reward, part by part."""
 
@@ -94,6 +99,7 @@ class ControlLoop:
         seen: frozenset[str] = frozenset(),
         values: Mapping[str, float] | None = None,
         replay: Sequence[CoefficientChanged | RewardReplaced] = (),
+        asked: Mapping[str, int] | None = None,
     ) -> None:
         """
         Args:
@@ -102,14 +108,17 @@ class ControlLoop:
             seen: Ids of lines that an earlier attempt already acted on.
             values: Of a restarted run: what its coefficients were at the checkpoint, written when they are bound.
             replay: Of a restarted run: changes that came into force after the checkpoint, in their order. Each is made
-                again at the step that its event names, whoever asked for it and wherever its line stands.
+                again at the step that its event names, whoever asked for it and wherever its line stands; unless by
+                then a person has asked for something else.
+            asked: Of a restarted run: ids of sets that an earlier attempt read and that were not in force yet, with the
+                step at which it did. Changes from before that step come first again.
         """
         self._values = dict(values or {})
         self._tail, self._emit, self._broadcast, self._seen = tail, emit, broadcast, set(seen)
         self._bound: dict[str, BoundCoefficient] = {}
         self._waiting: dict[str, SetCoefficient] = {}
         self._waiting_reward: dict[str, SetReward] = {}
-        self._replay = list(replay)
+        self._replay, self._asked = list(replay), dict(asked or {})
         self.stopping = False
         self.paused = False
         self.checkpoint_requested: list[str] = []
@@ -136,11 +145,16 @@ class ControlLoop:
         if self.paused and not self.stopping:
             with self.around_pause():
                 self._wait(step)
+        if self.checkpoint_requested and self.on_checkpoint is not None:
+            self.on_checkpoint()
         self._make_again(step, rollout)
         self._apply(step, rollout)
 
     on_idle: Callable[[], None] | None = None
     """Set by a trainer that can serve checkpoint and sample requests while paused."""
+    on_checkpoint: Callable[[], None] | None = None
+    """Set by a trainer whose checkpoints hold what coefficients are: those of step S are then taken before anything
+    comes into force at S + 1, and a restart from there makes it anew."""
     on_change: Callable[[CoefficientChanged], None] | None = None
     """Called after a coefficient that a person asked for was written."""
     preview_refusal: Callable[[], str | None] | None = None
@@ -246,17 +260,30 @@ class ControlLoop:
     def _apply(self, step: int, rollout: bool) -> None:
         if rollout and self.rewards is not None:
             for wanted in list(self._waiting_reward.values()):
+                if self._comes_later(wanted):
+                    continue
                 del self._waiting_reward[wanted.part]
                 try:
                     self._emit(self.rewards.replace(wanted, step))
+                    self._overtake(wanted)
                 except RlhfError as error:
                     self._emit(ControlRefused(id=wanted.id, op=wanted.op, reason=str(error).splitlines()[0]))
         for name, control in list(self._waiting.items()):
             bound = self._bound[name]
-            if not bound.enters_now(rollout):
+            if not bound.enters_now(rollout) or self._comes_later(control):
                 continue
             del self._waiting[name]
+            self._overtake(control)
             self._write(bound, control.value, step, id=control.id, who=control.who, why=control.why)
+
+    def _comes_later(self, control: SetCoefficient | SetReward) -> bool:
+        """Whether a change is yet to be made again that was in force before the control was read."""
+        since = self._asked.get(control.id, 0)
+        return any(of(change) == of(control) and change.effective_step < since for change in self._replay)
+
+    def _overtake(self, control: SetCoefficient | SetReward) -> None:
+        """It comes into force: what an earlier attempt had come to afterwards does not come back."""
+        self._replay = [change for change in self._replay if of(change) != of(control)]
 
     def _make_again(self, step: int, rollout: bool) -> None:
         for change in list(self._replay):

@@ -22,7 +22,7 @@ from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import RunSpec, data_parts, describe
 from rlhf_nb.training import adapters, checkpoints, distributed, models
 from rlhf_nb.training.context import Context, Emitter
-from rlhf_nb.training.control import ControlLoop
+from rlhf_nb.training.control import ControlLoop, of
 from rlhf_nb.training.data import embedded_rows, kind_of, load_rows
 
 VERSIONS = ("rlhf-nb", "torch", "transformers", "trl", "peft", "accelerate")
@@ -124,11 +124,13 @@ def run(
                 f"launch: {spec.launch.num_processes} ranks were asked for and the process group has {true_world}; "
                 f"on CPU use --multi_gpu --num_processes {spec.launch.num_processes}"
             )
+        asked = _asked(place) if attempt > 1 else {}
         control = ControlLoop(
             LineTail(place.control_path) if true_rank == 0 else None,
             emit.event,
             broadcast=distributed.broadcaster(),
-            seen=_acted_on(place, before) if attempt > 1 else frozenset(),
+            seen=frozenset([*before.acknowledged, *before.refused]) - asked.keys(),
+            asked=asked,
             values=_values_at(method, spec, before, step) if attempt > 1 else None,
             replay=_changes_after(place, step) if attempt > 1 else (),
         )
@@ -155,17 +157,23 @@ def _so_far(place: RunDir, attempt: int) -> RunFold:
     return fold
 
 
-def _acted_on(place: RunDir, before: RunFold) -> frozenset[str]:
-    """Control lines that an earlier attempt is done with. A set that was read and not yet in force is read again."""
+def _asked(place: RunDir) -> dict[str, int]:
+    """Ids of sets that an earlier attempt read and that were not in force yet, with the step at which it first did.
+
+    They are read again; every other line that was acknowledged or refused is done with.
+    """
     events = place.events()
     made = {event.id for event in events if event.kind in ("coefficient_changed", "reward_replaced")}
-    asked = {event.id for event in events if event.kind == "control_acknowledged" and event.op in ("set", "set_reward")}
-    pending, newest = asked - made, {}
+    asked: dict[str, int] = {}
+    for event in events:
+        if event.kind == "control_acknowledged" and event.op in ("set", "set_reward"):
+            asked.setdefault(event.id, event.step)
+    newest: dict[tuple[Any, ...], str] = {}
     for line in LineTail(place.control_path).read():
         if line.get("id") in asked:
             # Of two sets of one coefficient at one boundary the later one came into force, and the first one never.
             newest[line.get("op"), line.get("name"), line.get("part")] = line["id"]
-    return frozenset([*before.acknowledged, *before.refused]) - (pending & set(newest.values()))
+    return {id: asked[id] for id in newest.values() if id not in made}
 
 
 def _changes_after(place: RunDir, step: int) -> list[CoefficientChanged | RewardReplaced]:
@@ -186,7 +194,13 @@ def _changes_after(place: RunDir, step: int) -> list[CoefficientChanged | Reward
                     found[change.id] = change.model_copy(update={"effective_step": event.from_step + 1})
         last = event
         if isinstance(event, CoefficientChanged | RewardReplaced) and not getattr(event, "follows", ""):
-            found.setdefault(event.id, event)
+            if event.id in found:
+                continue
+            # Asked for after a restart, ahead of what an earlier attempt had come to: that never came back.
+            overtaken = [c for c in found.values() if of(c) == of(event) and c.effective_step > event.effective_step]
+            for change in overtaken:
+                del found[change.id]
+            found[event.id] = event
     later = (change for change in found.values() if change.effective_step > step)
     return sorted(later, key=lambda change: (change.effective_step, change.seq))
 

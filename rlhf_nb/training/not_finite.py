@@ -10,7 +10,7 @@ import torch
 from rlhf_nb.errors import ComputeError
 from rlhf_nb.protocol.events import Resumed
 from rlhf_nb.training import checkpoints, distributed, sharding
-from rlhf_nb.training.online_checkpoint import load_checkpoint
+from rlhf_nb.training.online_checkpoint import load_checkpoint, note_kept
 
 if TYPE_CHECKING:
     from rlhf_nb.training.online import OnlineTrainer
@@ -69,6 +69,10 @@ def hold(trainer: OnlineTrainer, error: NotFiniteError, batch: Minibatch, temper
     scoring.parts, scoring.last = rewards, last
     # kl_coef has moved by it.
     trainer.measured = None
+    # Those of the rollout that is given up.
+    trainer.noise.take()
+    if saved:
+        note_kept(path, trainer)
     distributed.barrier()
     if context.is_main:
         # A restart would take the newest that is there.

@@ -12,7 +12,7 @@ checkpoint between two rollouts is therefore weights, optimizer and two counters
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -25,11 +25,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rlhf_nb.errors import RewardError, SpecError
+from rlhf_nb.errors import SpecError
 from rlhf_nb.maths import kl
 from rlhf_nb.maths.controllers import RunningMoments
 from rlhf_nb.maths.masked import masked_sum
-from rlhf_nb.protocol.events import CoefficientChanged, ControlRefused
+from rlhf_nb.protocol.events import CoefficientChanged
 from rlhf_nb.training import actor_critic, distributed, models, not_finite, sharding
 from rlhf_nb.training.collect import collect
 from rlhf_nb.training.control import BoundCoefficient
@@ -178,8 +178,9 @@ class OnlineTrainer:
         loop = self.context.control
         loop.bind([self._bound(live) for live in self.method.live_in(self.context.spec)])
         loop.rewards = self.scoring
-        loop.preview_refusal = self.method.preview_refusal
-        loop.on_idle = self._serve_while_paused
+        loop.preview_refusal = partial(self.method.preview_refusal, self.live)
+        loop.on_checkpoint = partial(self._because_asked, self._serve_checkpoint)
+        loop.on_idle = partial(self._because_asked, self._serve)
         loop.on_change = self._hold_controller
         if self.context.resume_from is not None:
             self.step, self.rollouts = load_checkpoint(self.context.resume_from, self)
@@ -196,10 +197,11 @@ class OnlineTrainer:
                 credit = self.method.credit(rollout, self.live)
                 self.report.rollout(rollout, credit, seconds)
                 self.doctor.look(rollout)
-            self._between_rollouts, held, updating_s = False, False, 0.0
+            self._between_rollouts, held, stopped, updating_s = False, False, False, 0.0
             self._used_up_at = min(self.method.max_steps, self.step + self.method.passes * self.method.num_mini_batches)
             for index, (minibatch, extent) in enumerate(self.minibatches(rollout, credit)):
                 if index and not self._goes_on(new_rollout=False):
+                    stopped = self.step < self.method.max_steps
                     break
                 if index % self.method.num_mini_batches == 0:
                     self.noise.new_pass()
@@ -219,6 +221,9 @@ class OnlineTrainer:
                 self.report.update(rollout, updating_s)
                 if self.method.reference == "ema":
                     self.reference.follow(self.module.policy, self.method.reference_decay)
+            if stopped:
+                # A checkpoint counts the rollout as used up: whoever went on from it would never see the rest.
+                break
             self.measured = self.method.measured(rollout)
             self.rollouts += 1
             self._between_rollouts = True
@@ -285,10 +290,10 @@ class OnlineTrainer:
             waits=(lambda: self.measured is None) if live.enters == "adaptation" else None,
         )
 
-    def _serve_while_paused(self) -> None:
+    def _because_asked(self, serve: Callable[[], None]) -> None:
+        """Within a hook: what a person asked for is no cost of watching."""
         began = time.thread_time()
-        self._serve()
-        # A person asked for it: no cost of watching.
+        serve()
         self._hooks_s -= time.thread_time() - began
 
     def _serve(self) -> None:
@@ -297,9 +302,19 @@ class OnlineTrainer:
         if loop.sample_requests or loop.preview_requests:
             with sharding.gathered(self.module):
                 self._answer()
+        self._serve_checkpoint()
+
+    def _serve_checkpoint(self) -> None:
+        loop = self.context.control
         if loop.checkpoint_requested and self._between_rollouts:
             loop.checkpoint_requested.clear()
             self.save_checkpoint()
+        elif loop.checkpoint_requested and loop.stopping:
+            loop.checkpoint_requested.clear()
+            self.emit.notice(
+                "checkpoint_missed",
+                "the run was stopped within a rollout and checkpoints are taken between rollouts: none was taken here",
+            )
         elif loop.checkpoint_requested and self._waiting_for != self._used_up_at:
             self._waiting_for = self._used_up_at
             self.emit.notice(
@@ -317,12 +332,7 @@ class OnlineTrainer:
         if not self.context.is_main:
             return
         for preview in previews:
-            try:
-                self.emit.event(answer_preview(self, preview))
-            except RewardError as error:
-                # Only looked at: the same fault in a rollout ends the run.
-                reason = str(error).splitlines()[0]
-                self.emit.event(ControlRefused(id=preview.id, op=preview.op, reason=reason))
+            self.emit.event(answer_preview(self, preview))
 
     def _checkpoint_when_due(self) -> None:
         every = self.method.checkpoint_every
@@ -431,6 +441,7 @@ class OnlineTrainer:
         metrics["loss"] *= extent.tokens / self.method.normaliser(extent)
         if pretraining is not None:
             metrics["loss/pretraining"] = self.accelerator.reduce(pretraining, reduction="sum").item()
+            metrics["loss"] += self.live.ptx_coef * metrics["loss/pretraining"]
         self.noise.add()
         norms = self._norms()
         metrics["optimizer/grad_norm"] = torch.stack([sharding.whole(norm) for norm in norms]).norm().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
         mine: dict[str, Any] = {
             "generators": rng.generators(),
             "reference_said": trainer.reference_said.state(),
-            "scored": trainer.scoring.last,
+            **_kept_by_rank(trainer),
         }
         (scratch / f"rank-{trainer.context.rank}.json").write_text(json.dumps(mine), encoding="utf-8")
         if trainer.context.is_main:
@@ -57,11 +58,9 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
                 "prompts": trainer.prompts,
                 "said": sorted(trainer.report.said),
                 "doctor": trainer.doctor.state(),
-                "live": vars(trainer.live),
                 "moments": trainer.moments.state(),
-                "measured": trainer.measured,
                 "samples": trainer.samples.state(),
-                "rewards": trainer.scoring.state(),
+                **_kept(trainer),
             }
             (scratch / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
     distributed.barrier()
@@ -69,6 +68,31 @@ def save_checkpoint(trainer: OnlineTrainer) -> None:
         target = checkpoints.publish(run_dir, step, scratch)
         trainer.emit.event(CheckpointSaved(step=step, path=str(target.relative_to(run_dir))))
     distributed.barrier()
+
+
+def _kept(trainer: OnlineTrainer) -> dict[str, Any]:
+    """Of the counters, what still holds where a run goes back by itself: what people and the controller came to."""
+    return {"live": vars(trainer.live), "measured": trainer.measured, "rewards": trainer.scoring.state()}
+
+
+def _kept_by_rank(trainer: OnlineTrainer) -> dict[str, Any]:
+    return {"scored": trainer.scoring.last}
+
+
+def note_kept(path: Path, trainer: OnlineTrainer) -> None:
+    """Write into a checkpoint that was gone back to what was kept: a restart from it has the same. Every rank calls
+    it."""
+    noted = [(path / f"rank-{trainer.context.rank}.json", _kept_by_rank(trainer))]
+    if trainer.context.is_main:
+        noted.append((path / "counters.json", _kept(trainer)))
+    for file, kept in noted:
+        if not file.exists():
+            continue
+        before = json.loads(file.read_text(encoding="utf-8"))
+        with storage_errors(file):
+            fresh = file.with_suffix(".tmp")
+            fresh.write_text(json.dumps(before | kept), encoding="utf-8")
+            os.replace(fresh, file)
 
 
 def load_checkpoint(path: Path, trainer: OnlineTrainer) -> tuple[int, int]:

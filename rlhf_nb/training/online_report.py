@@ -54,7 +54,7 @@ class Report:
         if method.has_reference:
             kl_coef = getattr(trainer.live, method.tether)
             values |= {"kl/policy_reference": kl_B.mean().item(), f"objective/{method.tether}": kl_coef}
-            if method.each > 1 and kl_coef > 0 and method.preview_refusal() is None:
+            if method.each > 1 and kl_coef > 0 and method.preview_refusal(trainer.live) is None:
                 groups = (-1, method.each)
                 score_PG = method.penalised(rollout, trainer.live).view(groups)
                 beta = method.settles_at(kl_coef)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from rlhf_nb.compute.rundir import LineTail, append_line
@@ -205,6 +206,13 @@ class Scoring:
                     sums = [sum(before), sum(scores), float(len(scores))]
         except RlhfError as error:
             failure = str(error)
+        except Exception as error:  # noqa: BLE001 - torn weights, a full device; the run has a reward that works
+            said = (str(error).splitlines() or [""])[0]
+            failure = f"{describe(control.reward)} cannot be put in: {type(error).__name__}: {said}"
+        if failure is not None:
+            new, scores = old, []
+            # Here nothing holds what the attempt had taken.
+            torch.cuda.empty_cache()
         # Every rank answers: one on which it failed must not leave the others waiting.
         answers = distributed.gather_objects((sums, failure))
         if failures := [said for _, said in answers if said is not None]:

@@ -274,6 +274,42 @@ def test_a_resumed_run_equals_one_that_never_stopped(ppo, adapter):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_run_stopped_within_a_rollout_and_resumed_equals_one_that_never_stopped(ppo):
+    """Its rollout has four minibatches; the stop comes after the second rollout's second."""
+    whole = ppo("whole", checkpoint_every=1)
+    asked = [Stop(), SaveCheckpoint()]
+    reward = sends(ppo.job.root / "run/control.jsonl", *asked, call=2)
+    place = ppo(reward=reward, checkpoint_every=1)
+    assert max(table(place)) == 5 and fold(place).outcome == "stopped"
+    assert [e.step for e in place.events() if e.kind == "checkpoint_saved"] == [4]
+    codes = {notice.code for notice in fold(place).notices}
+    assert "checkpoint_missed" in codes and "checkpoint_waits" not in codes
+    ppo.job.run(place, attempt=2, resume_from=checkpoints.latest(place.path))
+    assert without_times(place) == without_times(whole)
+    a, b = (load_file(p.model / "model.safetensors") for p in (place, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_stop_at_a_rollout_s_end_leaves_its_checkpoint(ppo):
+    place = ppo(target_kl=1e-7, after_step_1=Stop(), checkpoint_every=1, batch_size=4, num_ppo_epochs=1)
+    assert [e.step for e in place.events() if e.kind == "checkpoint_saved"] == [1]
+
+
+def test_a_set_and_a_checkpoint_at_one_boundary_are_told_apart_after_a_restart(ppo):
+    """The checkpoint is of the step before the one at which the set comes into force."""
+    asked = [SetCoefficient(name="kl_coef", value=0.7), SaveCheckpoint()]
+    reward = sends(ppo.job.root / "run/control.jsonl", *asked, call=1)
+    place = ppo(reward=reward, kl_target=0.5, kl_horizon=400)
+
+    def changed() -> list[tuple]:
+        return [(c.name, c.old, c.new, c.effective_step) for c in fold(place).changes]
+
+    before = changed()
+    assert before == [("kl_coef", 0.2, 0.7, 5), ("kl_controller", 1.0, 0.0, 5)]
+    ppo.job.run(place, attempt=2, resume_from=checkpoints.directory(place.path, 4))
+    assert changed() == before and fold(place).coefficients["kl_controller"].value == 0.0
+
+
 def test_a_checkpoint_of_another_model_is_refused(ppo):
     place = ppo(checkpoint_every=4, max_steps=4)
     other = ppo("other", adapter=LoRA(r=4), prepare=True)

@@ -26,7 +26,7 @@ from rlhf_nb.training.gradient_noise import GradientNoise
 from rlhf_nb.training.online_report import Report
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 
-from .conftest import fold, rollouts
+from .conftest import fold, pretraining, rollouts
 
 CONFIG = {
     "max_steps": 8, "rollout_batch_size": 8, "batch_size": 4, "num_ppo_epochs": 1, "max_new_tokens": 6,
@@ -62,12 +62,59 @@ def test_a_preview_is_answered_and_changes_nothing(ppo):
         ({"reference": "none"}, "reference=none"),
         ({"kl_in": "loss"}, "a preview needs kl_in=reward"),
         ({"gamma": 0.9}, "gamma below 1 moves the optimum"),
+        ({"entropy_coef": 0.1}, "entropy_coef=0.1 moves the optimum"),
+        ({"ptx_coef": 2.0}, "ptx_coef=2 moves the optimum"),
     ],
 )
 def test_a_preview_that_cannot_be_right_is_refused(ppo, knobs, reason):
-    place = ppo(max_steps=2, controls=[Preview(values=[0.1])], **knobs)
+    rows = {"pretraining": pretraining(ppo.job)} if "ptx_coef" in knobs else {}
+    place = ppo(max_steps=2, controls=[Preview(values=[0.1])], samples_per_prompt=2, **knobs, **rows)
     (refused,) = [event for event in place.events() if event.kind == "control_refused"]
     assert reason in refused.reason and not fold(place).previews
+    assert "convergence/gap" not in rollouts(place)[0]
+
+
+def test_a_bonus_that_comes_into_force_with_a_preview_refuses_it_and_ends_the_gap(ppo):
+    asked = [SetCoefficient(name="entropy_coef", value=0.1), Preview(values=[0.1])]
+    place = ppo(samples_per_prompt=2, after_step_1=asked, max_steps=4)
+    (refused,) = [event for event in place.events() if event.kind == "control_refused"]
+    assert "entropy_coef=0.1 moves the optimum" in refused.reason
+    assert ["convergence/gap" in row for row in rollouts(place)] == [True, False]
+
+
+def test_a_preview_is_drawn_in_pieces_of_a_rollout_and_says_what_one_batch_says(ppo, monkeypatch):
+    sizes: list[int] = []
+    genuine = TransformersSampler.sample
+
+    def sample(self: Any, prompts: Any, *arguments: Any, **named: Any) -> Any:
+        sizes.append(len(prompts))
+        return genuine(self, prompts, *arguments, **named)
+
+    monkeypatch.setattr(TransformersSampler, "sample", sample)
+    asked = Preview(values=[0.1, 1.0], prompts=3, samples=8)
+    knobs = {"controls": [asked], "max_steps": 1, "batch_size": 8}
+    small, large = ppo("small", **knobs), ppo("large", **knobs, rollout_batch_size=24)
+    assert sizes == [8, 8, 8, 8, 24, 24]
+    (one,), (other,) = (fold(place).previews.values() for place in (small, large))
+    for a, b in zip((one, *one.predictions), (other, *other.predictions), strict=True):
+        assert (a.reward, a.kl) == pytest.approx((b.reward, b.kl), rel=1e-4, abs=1e-6)
+
+
+def test_a_preview_that_memory_does_not_hold_is_refused_and_the_run_goes_on(ppo, monkeypatch):
+    genuine = TransformersSampler.sample
+    calls: list[int] = []
+
+    def sample(self: Any, prompts: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return genuine(self, prompts, *arguments, **named)
+
+    monkeypatch.setattr(TransformersSampler, "sample", sample)
+    place = ppo(controls=[Preview(values=[0.1], prompts=4, samples=8)])
+    (refused,) = [event for event in place.events() if event.kind == "control_refused"]
+    assert "prompts=4 with samples=8 of each are more than memory holds" in refused.reason
+    assert len(rollouts(place)) == 4
 
 
 def test_what_it_would_settle_at_is_the_optimum_that_the_method_comes_to():
@@ -302,6 +349,8 @@ def test_a_restart_after_the_pause_takes_the_checkpoint_that_was_good(ppo, monke
     held(place, ppo.job, Stop())
     path, step = last_checkpoint(place)
     assert step == 4
+    # What led there was kept, as it is where nobody stops the run.
+    append_line(place.control_path, SetCoefficient(name="learning_rate", value=1e-3).model_dump(mode="json"))
     ppo.job.run(place, attempt=2, resume_from=place.path / path)
     assert fold(place).state != "paused" and [row["step"] for row in fold(place).table() if "loss" in row][-1] == 8
 
@@ -382,6 +431,15 @@ def test_the_controller_moves_kl_coef_once_for_each_rollout_that_was_measured(pp
 
     monkeypatch.setattr(online.OnlineTrainer, "_norms", nan_once)
 
+    left: list[int] = []
+    collect = online.OnlineTrainer.collect
+
+    def watched(self: Any) -> Any:
+        left.append(len(self.noise._pairs))
+        return collect(self)
+
+    monkeypatch.setattr(online.OnlineTrainer, "collect", watched)
+
     def counted(self: Any, measured: list[float], live: Any) -> None:
         moved.append(measured[0])
         adapt(self, measured, live)
@@ -390,6 +448,32 @@ def test_the_controller_moves_kl_coef_once_for_each_rollout_that_was_measured(pp
     place = ppo(prepare=True, kl_target=0.02, kl_horizon=40)
     held(place, ppo.job, Resume())
     assert [row["step"] for row in rollouts(place)] == [1, 3, 4, 6, 8] and len(moved) == 3
+    # Nor is anything left of its gradients.
+    assert set(left) == {0}
+
+
+def test_what_was_kept_at_the_pause_is_kept_by_a_restart_too(ppo, monkeypatch):
+    """Back from step 7 at 4: kl_coef had moved twice since, and the measurement by which it would move is used up."""
+    norms = online.OnlineTrainer._norms
+
+    def nan(self: Any) -> Any:
+        if self.step == 7 and self.context.attempt == 1:
+            dict(self.module.named_parameters())["policy.model.norm.weight"].grad[0] = float("nan")
+        return norms(self)
+
+    monkeypatch.setattr(online.OnlineTrainer, "_norms", nan)
+    place = ppo(prepare=True, kl_target=0.02, kl_horizon=40, checkpoint_every=4)
+    held(place, ppo.job, Stop())
+    moved = [
+        event.values["objective/kl_coef"]
+        for event in place.events()
+        if "objective/kl_coef" in getattr(event, "values", ())
+    ]
+    assert len(set(moved)) == 4
+    path, step = last_checkpoint(place)
+    ppo.job.run(place, attempt=2, resume_from=place.path / path)
+    after = {row["step"]: row["objective/kl_coef"] for row in rollouts(place)}
+    assert step == 4 and after[5] == moved[-1] != after[7]
 
 
 def test_a_policy_that_no_longer_speaks_and_was_never_kept_is_a_failed_run(ppo):

@@ -46,6 +46,17 @@ def test_the_controller_moves_kl_coef_by_its_formula_and_the_run_says_what_it_us
     assert fold(place).coefficients["kl_coef"].value == rows[-1]["objective/kl_coef"]
 
 
+@pytest.mark.parametrize("start", [50.0, 0.2, 1e-6])
+def test_the_controller_leaves_a_kl_coef_that_it_was_started_with_where_the_kl_is_right(start):
+    method = PPO(kl_coef=start, kl_target=0.5)
+    live = SimpleNamespace(kl_coef=start, kl_target=0.5, kl_controller=1.0)
+    method.adapt([0.5, 64], live)
+    assert live.kl_coef == start
+    for kl in (5.0, 0.0):
+        method.adapt([kl, 64], live)
+        assert live.kl_coef == pytest.approx(start, rel=2e-3)
+
+
 def test_a_kl_coef_set_by_hand_holds_the_controller_until_it_is_released(ppo):
     place = ppo(kl_target=0.02, kl_horizon=40, controls=[SetCoefficient(name="kl_coef", value=0.5, who="mira")])
     held = next(e for e in fold(place).changes if e.name == "kl_controller")
@@ -200,7 +211,10 @@ def test_kl_in_the_loss_is_logged_and_weighed(ppo):
         if event.kind == "metric" and "loss" in event.values:
             values = event.values
             assert values["loss"] == pytest.approx(values["loss/policy"] + 0.2 * values["loss/kl"], abs=1e-6)
-    assert all(row["reward/mean"] == pytest.approx(row["reward/score"]) for row in rollouts(place))
+    for row in rollouts(place):
+        expected = row["reward/score"] - 0.2 * row["kl/policy_reference"]
+        assert row["reward/mean"] == pytest.approx(expected, abs=1e-5)
+    assert abs(row["kl/policy_reference"]) > 0.01
 
 
 # --- resuming, and what is refused ------------------------------------------------------------------------------------

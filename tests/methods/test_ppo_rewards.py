@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from types import SimpleNamespace
 
@@ -27,8 +28,9 @@ from rlhf_nb.protocol.spec import (
     PathModel,
     RewardPart,
     RunSpec,
+    describe,
 )
-from rlhf_nb.training import checkpoints
+from rlhf_nb.training import checkpoints, scoring
 from rlhf_nb.training.pretraining import Pretraining
 from rlhf_nb.training.prompt_order import PromptOrder
 from rlhf_nb.training.scoring import Scoring
@@ -209,6 +211,30 @@ def test_a_reward_that_cannot_be_put_in_is_refused_and_the_old_one_goes_on(ppo):
     assert not fold(place).rewards and len(rollouts(place)) == 4
 
 
+def test_a_reward_model_that_cannot_be_read_is_refused_and_the_old_one_goes_on(ppo, tmp_path, monkeypatch):
+    torn, large = (tmp_path / name for name in ("torn", "large"))
+    for folder in (torn, large):
+        shutil.copytree(ppo.job.model, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "score"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    (torn / "model.safetensors").write_bytes(b"torn")
+    genuine = scoring.load
+
+    def load(context, reference, **named):
+        if "large" in describe(reference):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB")
+        return genuine(context, reference, **named)
+
+    monkeypatch.setattr(scoring, "load", load)
+    for folder, says in ((torn, "SafetensorError: "), (large, "OutOfMemoryError: CUDA out of memory.")):
+        reward = ModelReward(model=PathModel(path=str(folder)))
+        place = ppo(folder.name, controls=[SetReward(part="letters", reward=reward)])
+        (refused,) = [event.reason for event in place.events() if event.kind == "control_refused"]
+        assert f"{describe(reward)} cannot be put in: {says}" in refused and "\n" not in refused
+        assert not fold(place).rewards and len(rollouts(place)) == 4
+
+
 # --- rewards that misbehave -------------------------------------------------------------------------------------------
 
 
@@ -291,6 +317,9 @@ def test_pretraining_rows_are_kept_likely(ppo):
     for coef in (1e-6, 3.0):
         place = ppo(f"ptx-{coef}", pretraining=kept, ptx_coef=coef, learning_rate=3e-3, max_steps=12)
         losses[coef] = [row["loss/pretraining"] for row in fold(place).table() if "loss/pretraining" in row]
+        for row in fold(place).table():
+            parts = row["loss/policy"] + 0.1 * row["loss/value"] + coef * row["loss/pretraining"]
+            assert row["loss"] == pytest.approx(parts, rel=1e-5, abs=1e-6)
     assert losses[1e-6][0] == losses[3.0][0]
     assert losses[3.0][-1] < losses[1e-6][-1] - 0.5
 

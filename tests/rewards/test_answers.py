@@ -13,6 +13,7 @@ import pytest
 from rlhf_nb.errors import RewardError
 from rlhf_nb.rewards.functions import from_reference, named
 from rlhf_nb.rewards.math_checker import checker
+from rlhf_nb.training.scoring import limited
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -95,6 +96,18 @@ def test_a_checker_that_hangs_is_ended_and_the_next_answer_is_judged():
     assert score("math-answer", ["4"], ["4"]) == [1.0]
     os.kill(checker._process.pid, signal.SIGSTOP)
     assert score("math-answer", ["4", "4"], ["4", "4"], timeout=1) == [0.0, 1.0]
+
+
+def test_a_verdict_that_came_too_late_is_not_the_next_question_s():
+    """A preview's time is up while a question is with the child; its answer must not be read as another one's."""
+    right, wrong = ("4", r"\boxed{4}"), ("4", r"\boxed{5}")
+    assert checker.verdicts([right], timeout=3) == [True]
+    os.kill(checker._process.pid, signal.SIGSTOP)
+    with pytest.raises(RewardError, match="no answer within"), limited(0.2, "reward math-answer"):
+        checker.verdicts([right], timeout=3)
+    if checker._process is not None:
+        os.kill(checker._process.pid, signal.SIGCONT)
+    assert checker.verdicts([wrong, wrong, right, wrong], timeout=3) == [False, False, True, False]
 
 
 def test_a_checker_that_died_is_started_again():

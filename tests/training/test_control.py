@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from rlhf_nb.errors import RewardError
 from rlhf_nb.methods.base import LiveCoefficient
 from rlhf_nb.protocol.control import Control, SetCoefficient, SetReward
-from rlhf_nb.protocol.events import parse_event
+from rlhf_nb.protocol.events import CoefficientChanged, RewardReplaced, parse_event
 from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.protocol.spec import NamedReward
 from rlhf_nb.training.control import BoundCoefficient, ControlLoop
@@ -15,11 +19,11 @@ from rlhf_nb.training.control import BoundCoefficient, ControlLoop
 class Asked:
     """A live coefficient of the rollout and one of the loss, with what people ask of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, **restarted: Any) -> None:
         self.values = {"kl_coef": 0.05, "learning_rate": 1e-4}
         self.lines: list[dict[str, Any]] = []
         self.fold = RunFold()
-        self.loop = ControlLoop(self, self.emit)  # type: ignore[arg-type]
+        self.loop = ControlLoop(self, self.emit, **restarted)  # type: ignore[arg-type]
         self.loop.bind([self.bound("kl_coef", "rollout"), self.bound("learning_rate", "update")])
 
     def bound(self, name: str, enters: Any) -> BoundCoefficient:
@@ -98,3 +102,49 @@ def test_what_was_asked_of_a_run_that_ended_is_asked_no_more():
     run.loop.boundary(2, rollout=False)
     run.fold.add(parse_event('{"seq":99,"kind":"failed","reason":"killed"}'))
     assert run.asked == {}
+
+
+def in_force(run: Asked, last: int) -> list[tuple[str, int]]:
+    """Ids of changes with their steps, where every third step begins a rollout."""
+    for step in range(11, last + 1):
+        run.loop.boundary(step, rollout=step % 3 == 2)
+    return [(change.id, change.effective_step) for change in run.fold.changes]
+
+
+def recorded(name: str, step: int) -> CoefficientChanged:
+    return CoefficientChanged(id="old", name=name, old=0.05, new=0.001, effective_step=step, who="me", seq=5)
+
+
+@pytest.mark.parametrize("name", ["kl_coef", "learning_rate"])
+def test_what_a_person_sets_after_a_restart_is_not_overridden_by_what_came_later_before_it(name):
+    run = Asked(replay=[recorded(name, 17)])
+    run.ask(SetCoefficient(id="new", name=name, value=0.5))
+    assert in_force(run, 20) == [("new", 11)] and run.values[name] == 0.5
+
+
+def test_a_set_that_was_read_before_the_restart_comes_after_what_was_in_force_then():
+    run = Asked(replay=[recorded("kl_coef", 14)], asked={"pending": 16})
+    run.ask(SetCoefficient(id="pending", name="kl_coef", value=0.5))
+    assert in_force(run, 20) == [("old", 14), ("pending", 14)] and run.values["kl_coef"] == 0.5
+    # Read at 12, it had overtaken what an attempt before that one had come to at 14.
+    run = Asked(replay=[recorded("kl_coef", 14)], asked={"pending": 12})
+    run.ask(SetCoefficient(id="pending", name="kl_coef", value=0.5))
+    assert in_force(run, 20) == [("pending", 11)]
+
+
+def test_a_reward_that_a_person_puts_in_after_a_restart_stays_and_one_that_cannot_be_put_in_leaves_the_old_one():
+    def replaced(control: Any, step: int) -> RewardReplaced:
+        if control.reward.name == "broken":
+            raise RewardError("it does not load")
+        return RewardReplaced(id=control.id, part="rm", old="a", new=control.reward, shift=0.0, effective_step=step)
+
+    old = replaced(SetReward(id="old", part="rm", reward=NamedReward(name="regex")), 17)
+    stood: list[str] = []
+    for name, stays in (("toy-true", ["new"]), ("broken", ["old"])):
+        run = Asked(replay=[old])
+        again = SimpleNamespace(refusal=lambda _: None, replace=replaced, again=lambda change: stood.append(change.id))
+        run.loop.rewards = again
+        run.ask(SetReward(id="new", part="rm", reward=NamedReward(name=name)))
+        in_force(run, 20)
+        assert [change.id for change in run.fold.rewards] == stays
+    assert stood == ["old"]

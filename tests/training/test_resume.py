@@ -120,6 +120,16 @@ def test_what_held_when_a_run_went_back_by_itself_is_made_again_from_there(job):
     assert [(change.id, change.effective_step) for change in again] == [("high", 21), ("low", 21), ("last", 40)]
 
 
+def test_what_was_set_after_a_restart_is_not_overridden_by_the_attempt_before_it_at_the_next_one(job):
+    place = job.prepare("sft", demonstrations(6), config={})
+    writer = EventWriter(place.events_path)
+    for id, name, step in (("first", "beta", 15), ("other", "learning_rate", 15), ("again", "beta", 11)):
+        writer.write(CoefficientChanged(id=id, name=name, old=1.0, new=2.0, effective_step=step))
+    writer.close()
+    again = training_job._changes_after(place, 10)
+    assert [(change.id, change.effective_step) for change in again] == [("again", 11), ("other", 15)]
+
+
 def test_a_restart_without_a_checkpoint_supersedes_everything(job):
     place = job.prepare("sft", demonstrations(6), config={**CONFIG, "max_steps": 2, "sample_every": 0})
     job.run(place)
