@@ -27,6 +27,7 @@ class LocalChat:
             model: A causal model, in eval mode, where it is to compute.
             limit: Tokens of its context; None where it has none.
         """
+        from rlhf_nb.training.actor_critic import check_trunk_and_head, trunk_and_head
         from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
         from rlhf_nb.training.sampling import end_tokens
 
@@ -36,9 +37,9 @@ class LocalChat:
             )
         self.model, self.tokenizer, self.name, self.seed = model, tokenizer, name, seed
         self.limit = limit or math.inf
+        check_trunk_and_head(model)
         self.sampler = TransformersSampler(
-            model.get_decoder(),
-            model.get_output_embeddings(),
+            *trunk_and_head(model),
             end_tokens=end_tokens(model, tokenizer),
             pad_token=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )

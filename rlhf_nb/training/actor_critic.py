@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_nb.errors import SpecError
 from rlhf_nb.maths.logprobs import completion_logprobs, position_ids, predicting_slice
@@ -19,10 +22,67 @@ if TYPE_CHECKING:
     from rlhf_nb.training.context import Context
 
 
+CHANCE = re.compile("drop|jitter")
+"""In the names of rates at which modules draw lots in train mode."""
+
+
+class ChangedHead(nn.Module):
+    """An output embedding with what its model does to the logits after it: they are scaled, or capped."""
+
+    def __init__(self, embedding: nn.Module, *, times: float = 1.0, over: float = 1.0, cap: float | None = None):
+        super().__init__()
+        self.embedding, self.times, self.over, self.cap = embedding, times, over, cap
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.embedding.get_parameter("weight")
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.embedding(hidden) * self.times / self.over
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+class ValueHead(nn.Linear):
+    """Hidden states → (…, 1) values, in the precision of its own weights whatever autocast casts around it."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype))
+
+
 def trunk_and_head(model: Any) -> tuple[Any, nn.Module]:
-    """A causal model's hidden-state part and its output embedding; adapters inside stay in force."""
+    """A causal model's hidden-state part for text, and what makes logits of it; adapters inside stay in force."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.base_model, base.get_output_embeddings()
+    trunk, head, config = base.get_decoder(), base.get_output_embeddings(), base.config.get_text_config()
+    # Cohere and Falcon-H1 multiply, Granite divides, Gemma caps. The check below finds who does yet another thing.
+    times = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    over, cap = getattr(config, "logits_scaling", None) or 1.0, getattr(config, "final_logit_softcapping", None)
+    if head is None or (times == over == 1.0 and cap is None):
+        return trunk, head
+    return trunk, ChangedHead(head, times=times, over=over, cap=cap)
+
+
+@torch.no_grad()
+def check_trunk_and_head(model: Any) -> None:
+    """See that they say what the model says, token by token too.
+
+    Raises:
+        SpecError: The model changes its logits in another way, or keeps what it has read elsewhere than in a cache.
+    """
+    name = type(model).__name__
+    trunk, head = trunk_and_head(model)
+    if head is None:
+        raise SpecError(f"model {name} has no output embedding; give a causal language model")
+    if "past_key_values" not in inspect.signature(type(trunk).forward).parameters:
+        raise SpecError(f"model {name} decodes with a state of its own, which is not followed here; give another model")
+    probe = torch.tensor([[0, 1, 2]], device=next(model.parameters()).device)
+    probe = probe % model.config.get_text_config().vocab_size
+    there = model.eval()(input_ids=probe, use_cache=False).logits
+    if not torch.allclose(head(trunk(input_ids=probe, use_cache=False).last_hidden_state), there, rtol=1e-3, atol=1e-3):
+        raise SpecError(
+            f"model {name} changes its logits after its output embedding in a way that is not followed here; give "
+            f"another model"
+        )
 
 
 def hidden_states(trunk: Any, tokens_BL: Tensor, attention_mask_BL: Tensor, at: slice) -> Tensor:
@@ -57,7 +117,7 @@ class ActorCritic(nn.Module):
         if width is None:
             return
         # Zero: the first advantages are then the returns themselves, and no random function of the state.
-        self.value_head = nn.Linear(width, 1)
+        self.value_head = ValueHead(width, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
@@ -211,13 +271,28 @@ def same_weights(module: nn.Module) -> Any:
     return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
+def chances(module: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Where a model draws lots in train mode: a module's name, what holds the rate, and under which attribute."""
+    for name, one in module.named_modules():
+        if isinstance(one, nn.Dropout) and one.p > 0:
+            yield name, one, "p"
+        # Others hand a rate of their own, or of their configuration, to a function. A whole model reads none there.
+        for holder in (one, None if isinstance(one, PreTrainedModel) else vars(one).get("config")):
+            for attribute, rate in list(getattr(holder, "__dict__", {}).items()):
+                if CHANCE.search(attribute) and isinstance(rate, float) and rate > 0:
+                    yield name, holder, attribute
+
+
 def without_dropout(module: nn.Module) -> None:
     """Take the chance out of a model, so that train mode computes what eval mode does."""
+    # The configuration that is saved with the model keeps its rates.
+    copies: dict[int, Any] = {}
     for one in module.modules():
-        if isinstance(one, nn.Dropout):
-            one.p = 0.0
-        if isinstance(getattr(one, "attention_dropout", None), float):
-            one.attention_dropout = 0.0  # type: ignore[assignment]
+        config = vars(one).get("config")
+        if isinstance(config, PreTrainedConfig) and not isinstance(one, PreTrainedModel):
+            one.config = copies.setdefault(id(config), copy.copy(config))
+    for _, holder, attribute in list(chances(module)):
+        setattr(holder, attribute, 0.0)
 
 
 def load(
@@ -238,8 +313,8 @@ def load(
     """
     quantize = context.spec.adapter.quantize if context.spec.adapter is not None else "none"
     policy = models.load_model(path, quantize=quantize)
-    trunk, head = trunk_and_head(policy)
-    _check_head(policy, trunk, head)
+    check_trunk_and_head(policy)
+    trunk, _ = trunk_and_head(policy)
     backbone = same_weights(trunk) if context.spec.adapter is not None else None
     critic = None
     if value_model == "own":
@@ -258,18 +333,7 @@ def load(
         frozen = None
     else:
         frozen = models.load_model(path).eval().requires_grad_(False)
+    models.freeze_beside_text(policy)
     return ActorCritic(policy, critic, width, precision).eval(), Reference(
         policy, frozen, absent=reference == "none", precision=precision, backbone=backbone
     )
-
-
-@torch.no_grad()
-def _check_head(policy: Any, trunk: Any, head: nn.Module | None) -> None:
-    """Some models scale or cap their logits after the head; log-probabilities read off the head would then be wrong."""
-    name = type(policy).__name__
-    if head is None:
-        raise SpecError(f"policy: {name} has no output embedding; give a causal language model")
-    probe = torch.tensor([[0, 1, 2]]) % policy.config.get_text_config().vocab_size
-    there = policy.eval()(input_ids=probe, use_cache=False).logits
-    if not torch.allclose(head(trunk(input_ids=probe, use_cache=False).last_hidden_state), there, rtol=1e-3, atol=1e-3):
-        raise SpecError(f"policy: {name} changes its logits after its output embedding, which PPO here does not follow")

@@ -94,20 +94,31 @@ def unmerge(merged: Path, adapter: Path, target: Path) -> None:
     """Write what a merged model was before: each weight less (α/r)·BA, equal to the base up to rounding.
 
     Raises:
-        SpecError: The adapter trained whole modules beside, which hold no trace of what they were.
+        SpecError: The adapter changed more than (α/r)·BA, and what was there cannot be told from it.
     """
     from peft import PeftConfig, PeftModel
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear, LoraLayer, LoraModel
 
-    if whole := PeftConfig.from_pretrained(str(adapter)).modules_to_save:
-        raise SpecError(
-            f'adapter "{adapter.name}" trained {", ".join(whole)} whole, and what it replaced cannot be told from it; '
-            f"take the base itself"
-        )
+    config: Any = PeftConfig.from_pretrained(str(adapter))
+    if whole := getattr(config, "modules_to_save", None):
+        raise _not_undone(adapter, f"trained {', '.join(whole)} whole")
     model = PeftModel.from_pretrained(models.load_model(str(merged)), str(adapter))
-    for module in model.modules():
+    if not isinstance(model.base_model, LoraModel):
+        raise _not_undone(adapter, f"is of the kind {type(model.base_model).__name__}")
+    if config.bias != "none" or config.trainable_token_indices:
+        raise _not_undone(adapter, "trained biases or tokens of the base")
+    for where, module in model.named_modules():
         if isinstance(module, LoraLayer):
+            # DoRA is a variant of the plain layer.
+            if not isinstance(module, Linear) or module.lora_variant:
+                raise _not_undone(adapter, f"is more than a product of two matrices at {where}")
             for name in module.lora_A:
                 module.get_base_layer().weight.data -= module.get_delta_weight(name)
     model.unload().save_pretrained(target)
     models.load_tokenizer(str(merged)).save_pretrained(target)
+
+
+def _not_undone(adapter: Path, why: str) -> SpecError:
+    return SpecError(
+        f'adapter "{adapter.name}" {why}, and what it replaced cannot be told from it; take the base itself'
+    )

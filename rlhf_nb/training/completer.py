@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rlhf_nb.training import models
-from rlhf_nb.training.actor_critic import trunk_and_head
+from rlhf_nb.training.actor_critic import check_trunk_and_head, trunk_and_head
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
 from rlhf_nb.training.rollout.vllm_engine import InProcess
 from rlhf_nb.training.sampling import Completion, end_tokens
@@ -54,6 +54,7 @@ def completer(
     if backend == "vllm":
         return Completer(tokenizer, _vllm(path, tokenizer, str(dtype).removeprefix("torch."), memory, max_length))
     model = models.load_model(path, dtype=dtype).eval().requires_grad_(False).to(device)
+    check_trunk_and_head(model)
     # Weights in bfloat16 need no autocast; the sampler takes the logits to float32.
     sampler = TransformersSampler(
         *trunk_and_head(model), end_tokens=end_tokens(model, tokenizer), pad_token=tokenizer.pad_token_id

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_nb.maths import kl
 from rlhf_nb.maths.masked import masked_mean, masked_sum
 from rlhf_nb.training import sharding
-from rlhf_nb.training.actor_critic import trunk_and_head
+from rlhf_nb.training.actor_critic import chances, trunk_and_head
 
 if TYPE_CHECKING:
     from rlhf_nb.training.online import OnlineTrainer
@@ -121,10 +121,11 @@ class KLDoctor:
 
 def dropout(doctor: KLDoctor, rollout: Rollout) -> str | None:
     """A policy with dropout differs from itself."""
-    for name, module in doctor.trainer.module.named_modules():
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-        if module.training and isinstance(rate, float) and rate > 0:
-            return f"dropout={rate:g} is on in {name or 'the policy'}; set it to 0 in the model's config"
+    module = doctor.trainer.module
+    for name, holder, attribute in chances(module):
+        if module.get_submodule(name).training:
+            rate = f"{'dropout' if attribute == 'p' else attribute}={getattr(holder, attribute):g}"
+            return f"{rate} is on in {name or 'the policy'}; set it to 0 in the model's config"
     return None
 
 

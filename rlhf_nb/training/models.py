@@ -221,6 +221,20 @@ def load_model(path: str, architecture: Any = None, *, quantize: str = "none", *
     )
 
 
+def freeze_beside_text(model: Any) -> None:
+    """Freeze what of a model that also sees or hears is not its text decoder: of text alone it gets no gradient, for
+    which processes that share gradients would wait."""
+    from transformers import PreTrainedModel
+
+    # Adapters and ensembles have the models inside them.
+    for held in model.modules():
+        if isinstance(held, PreTrainedModel) and held.config.get_text_config() is not held.config:
+            inside = {id(parameter) for parameter in held.get_decoder().parameters()}
+            for parameter in held.base_model.parameters():
+                if id(parameter) not in inside:
+                    parameter.requires_grad_(False)
+
+
 def refuse_ensemble(path: str) -> None:
     """Several reward models are no model that trains or answers.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf_nb.errors import ComputeError
 from rlhf_nb.protocol.events import Resumed
@@ -108,22 +109,22 @@ def _speaks(trainer: OnlineTrainer, batch: Minibatch, temperature: float) -> boo
 
 @torch.no_grad()
 def _culprit(trainer: OnlineTrainer, batch: Minibatch, temperature: float, loss: float) -> str:
-    for name, parameter in trainer.module.named_parameters():
-        if not parameter.isfinite().all():
-            return f"the weight {name}"
-    for name in ("behavior_logprobs_BT", "reference_logprobs_BT", "values_BT", "returns_BT", "advantages_BT"):
-        if not getattr(batch, name)[batch.mask_BT].isfinite().all():
-            return name.removesuffix("_BT").replace("_", " ")
+    """The first thing, in the order of computing, that is not finite on any rank; the same answer on every rank."""
+    # A forward takes all ranks, and each sees its own rows and its own part of the weights: so none looks before it.
     with sharding.gathered(trainer.module):
         logprobs, _, values = trainer.module(
             batch.tokens_BL, batch.attention_mask_BL, batch.mask_BT, temperature=temperature
         )
-    for what, tensor in (("the policy's log-probabilities", logprobs), ("the values", values)):
-        if not tensor[batch.mask_BT].isfinite().all():
-            return what
-    for name, parameter in trainer.module.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return f"the gradient of {name}"
+    parameters = dict(trainer.module.named_parameters())
+    read = ("behavior_logprobs_BT", "reference_logprobs_BT", "values_BT", "returns_BT", "advantages_BT")
+    looked_at: dict[str, Tensor] = {f"the weight {name}": parameter for name, parameter in parameters.items()}
+    looked_at |= {name.removesuffix("_BT").replace("_", " "): getattr(batch, name)[batch.mask_BT] for name in read}
+    looked_at |= {"the policy's log-probabilities": logprobs[batch.mask_BT], "the values": values[batch.mask_BT]}
+    looked_at |= {f"the gradient of {name}": p.grad for name, p in parameters.items() if p.grad is not None}
+    wrong = [name for name, tensor in looked_at.items() if not sharding.part(tensor).isfinite().all()]
+    found = {name for names in distributed.gather_objects(wrong[:1]) for name in names}
+    if found:
+        return next(name for name in looked_at if name in found)
     return (
         "the loss itself" if not np.isfinite(loss) else "the gradients' norm, of gradients that are finite one by one"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ def generate(
     ends = end_tokens(model, tokenizer)
     model.eval()
     torch.manual_seed(seed)
-    with torch.no_grad():
+    with torch.no_grad(), _every_token_as_likely_as_it_is(model):
         out = model.generate(
             input_ids=input_ids,
             attention_mask=mask,
@@ -254,6 +255,20 @@ def generate(
     return completions
 
 
+@contextmanager
+def _every_token_as_likely_as_it_is(model: Any) -> Iterator[None]:
+    """Sets the model's own generation config aside: what it penalises or forbids, transformers takes from there
+    whatever a call says."""
+    from transformers import GenerationConfig
+
+    held = model.get_base_model() if hasattr(model, "get_base_model") else model
+    stated, held.generation_config = held.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        held.generation_config = stated
+
+
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Tokens that end a completion: the tokenizer's and, for chat models that end a turn otherwise, the model's."""
     stated = getattr(model.generation_config, "eos_token_id", None)
@@ -265,9 +280,10 @@ def sequence_logprobs(model: Any, prompts: list[list[int]], completions: list[li
     """log p(completion | prompt) in nats, summed over tokens. Call it inside `undisturbed`: it sets eval mode."""
     import torch
 
-    from rlhf_nb.maths.logprobs import position_ids, predicting_slice, token_logprobs
+    from rlhf_nb.maths.logprobs import position_ids, token_logprobs
 
     device = next(model.parameters()).device
+    held = model.get_base_model() if hasattr(model, "get_base_model") else model
     model.eval()
     P, T = max(map(len, prompts)), max(map(len, completions))
     pairs = list(zip(prompts, completions, strict=True))
@@ -275,7 +291,10 @@ def sequence_logprobs(model: Any, prompts: list[list[int]], completions: list[li
     mask = torch.tensor(
         [[0] * (P - len(p)) + [1] * (len(p) + len(c)) + [0] * (T - len(c)) for p, c in pairs], device=device
     )
+    # Logits of the prompts, a vocabulary wide, would be thrown away.
+    knows = "logits_to_keep" in inspect.signature(type(held).forward).parameters
+    kept = {"logits_to_keep": T + 1} if knows else {}
     with torch.no_grad():
-        logits = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids(mask)).logits
-        logprobs_BT = token_logprobs(logits[:, predicting_slice(P, P + T)].float(), input_ids[:, P:])
+        logits = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids(mask), **kept).logits
+        logprobs_BT = token_logprobs(logits[:, -T - 1 : -1].float(), input_ids[:, P:])
     return logprobs_BT.masked_fill(mask[:, P:] == 0, 0.0).sum(1).tolist()

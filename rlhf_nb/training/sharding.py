@@ -55,6 +55,11 @@ def accelerator(use_cpu: bool, method: OnlineMethod, spec: RunSpec) -> Accelerat
             f"{method.name}: adapter quantize={spec.adapter.quantize} packs weights into bytes, which FSDP does not "
             f"shard; use quantize=none"
         )
+    if method.optimizer == "adamw_8bit":
+        raise SpecError(
+            f"{method.name}: optimizer=adamw_8bit packs its state into bytes, which FSDP does not shard; use "
+            f"optimizer=adamw"
+        )
     # Else transformers would load real weights on rank 0 only, also for the reference, which is nobody's shard.
     found.state.fsdp_plugin.cpu_ram_efficient_loading = False
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb.compute.rundir import storage_errors
-from rlhf_nb.training import adapters, checkpoints, distributed
+from rlhf_nb.training import adapters, checkpoints, distributed, models
 from rlhf_nb.training.callback import Steering
 from rlhf_nb.training.control import BoundCoefficient
 
@@ -40,6 +40,7 @@ class SteeredTrainer:
 
         self.trainer, self.context = trainer, context
         trainer.remove_callback(PrinterCallback)
+        models.freeze_beside_text(trainer.model)
         self.callback = Steering(
             context,
             trainer,

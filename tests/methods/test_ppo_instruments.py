@@ -21,7 +21,7 @@ from rlhf_nb.methods.rloo import RLOO
 from rlhf_nb.protocol.control import Preview, Resume, SetCoefficient, Stop
 from rlhf_nb.protocol.glossary import GLOSSARY
 from rlhf_nb.protocol.spec import FunctionReward
-from rlhf_nb.training import actor_critic, kl_doctor, online
+from rlhf_nb.training import actor_critic, kl_doctor, not_finite, online
 from rlhf_nb.training.gradient_noise import GradientNoise
 from rlhf_nb.training.online_report import Report
 from rlhf_nb.training.rollout.transformers_backend import TransformersSampler
@@ -395,6 +395,23 @@ def test_a_reference_that_says_nothing_finite_is_named(ppo, monkeypatch):
         return replace(rollout, reference_logprobs_BT=broken_BT), seconds
 
     monkeypatch.setattr(online.OnlineTrainer, "collect", collect)
+    with pytest.raises(ComputeError, match="at step 1: first not finite is reference logprobs"):
+        ppo(on_not_finite="fail")
+
+
+def test_what_is_not_finite_on_one_rank_alone_is_named_by_all(ppo, monkeypatch):
+    genuine, found = online.OnlineTrainer.collect, not_finite.distributed.gather_objects
+
+    def collect(self: Any) -> Any:
+        rollout, seconds = genuine(self)
+        return replace(rollout, values_BT=torch.full_like(rollout.values_BT, torch.nan)), seconds
+
+    def gathered(mine: Any) -> list[Any]:
+        # Another rank's rows: sound but for what was computed earlier.
+        return [mine, ["reference logprobs"]] if mine == ["values"] else found(mine)
+
+    monkeypatch.setattr(online.OnlineTrainer, "collect", collect)
+    monkeypatch.setattr(not_finite.distributed, "gather_objects", gathered)
     with pytest.raises(ComputeError, match="at step 1: first not finite is reference logprobs"):
         ppo(on_not_finite="fail")
 

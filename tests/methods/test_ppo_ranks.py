@@ -330,6 +330,7 @@ def test_sharded_weights_go_back_to_the_last_good_checkpoint_too(ranks):
     [
         (1, {}, None, "use fsdp_version 2, or --multi_gpu"),
         (2, {}, LoRA(r=4, quantize="4bit"), "use quantize=none"),
+        (2, {"optimizer": "adamw_8bit"}, None, "which FSDP does not shard; use optimizer=adamw"),
     ],
 )
 def test_a_sharding_that_the_loop_cannot_follow_is_refused_in_one_line(ranks, version, knobs, adapter, reason):

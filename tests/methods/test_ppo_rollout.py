@@ -17,7 +17,7 @@ from rlhf_nb.training.actor_critic import ActorCritic, Reference, trunk_and_head
 from rlhf_nb.training.rollout import cuda_graphs
 from rlhf_nb.training.rollout.base import uniforms
 from rlhf_nb.training.rollout.cuda_graphs import GraphSampler
-from rlhf_nb.training.rollout.transformers_backend import TransformersSampler, buckets, pad_left, pick
+from rlhf_nb.training.rollout.transformers_backend import TransformersSampler, buckets, pad_left, pick, roomy_cache
 
 from .conftest import LETTERS, ROWS
 
@@ -109,6 +109,31 @@ def test_values_that_come_with_the_tokens_are_those_of_the_trainer(model):
         )
     torch.testing.assert_close(sampled.values_BT, values.masked_fill(~sampled.mask_BT, 0.0))
     assert sampled.values_BT[sampled.mask_BT].abs().min() > 0
+
+
+def test_in_bf16_values_come_in_float32_from_trainer_and_sampler_alike(model):
+    actor = ActorCritic(model.float(), None, 32, "bf16").eval()
+    torch.nn.init.normal_(actor.value_head.weight, std=0.05)
+    torch.nn.init.constant_(actor.value_head.bias, 5.0)
+    sampler = TransformersSampler(
+        *trunk_and_head(model), end_tokens=(), pad_token=1, precision="bf16", value_head=actor.value_head
+    )
+    sampled = sampler.sample(PROMPTS, uniforms(3, 0, range(4), 9), temperature=1.0)
+    tokens_BP, seen_BP = pad_left(PROMPTS, 1, torch.device("cpu"))
+    with torch.no_grad():
+        _, _, values = actor(
+            torch.cat([tokens_BP, sampled.tokens_BT], 1), torch.cat([seen_BP, sampled.mask_BT], 1), sampled.mask_BT
+        )
+    for each in (values, sampled.values_BT):
+        # About 5, bfloat16 knows steps of 1/32 only.
+        assert each.dtype == torch.float32 and (each * 32).frac().abs().max() > 0.01
+
+
+def test_under_autocast_keys_are_kept_as_values_are(model):
+    cache = roomy_cache(model.config, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.float().model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache, use_cache=True)
+    assert {each.dtype for layer in cache.layers for each in (layer.keys, layer.values)} == {torch.bfloat16}
 
 
 def test_the_end_token_counts_where_it_is_also_the_pad_token(model):

@@ -8,12 +8,14 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -34,7 +36,7 @@ from rlhf_nb.training import export
 from rlhf_nb.training.data import prompt_ids
 from rlhf_nb.training.rollout.base import uniforms
 from rlhf_nb.training.rollout.vllm_backend import VLLMSampler
-from rlhf_nb.training.rollout.vllm_engine import Drawn, Server, loopback, rank_for
+from rlhf_nb.training.rollout.vllm_engine import Drawn, InProcess, Server, loopback, rank_for
 from rlhf_nb.training.rollout.vllm_nccl import NCCLTransfer
 
 from .conftest import LETTERS, ROWS, fold
@@ -377,7 +379,7 @@ def test_a_server_without_the_switches_says_which_and_one_that_is_gone_says_so()
             engine.load_weights(ROOT)
         with closing(Server(url, ends={1}, adapter="policy")) as engine:
             with pytest.raises(ComputeError, match=r"RUNTIME_LORA_UPDATING=True and --enable-lora"):
-                engine.load_adapter(ROOT, 0)
+                engine.load_adapter(ROOT)
             with pytest.raises(ComputeError, match=r"was refused \(404\): The model `policy` does not exist"):
                 engine.sample([[5]], [0], temperature=1.0, limit=2)
         server.shutdown()
@@ -404,6 +406,20 @@ class Hurried(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def test_every_adapter_that_is_loaded_is_another_one_and_no_prefix_stays_cached(monkeypatch):
+    """After a run went back to its checkpoint the same step comes again with other weights."""
+    asked = SimpleNamespace(LoRARequest=lambda name, number, path: (name, number))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", asked)
+    engine, resets = object.__new__(InProcess), []
+    engine.llm = SimpleNamespace(reset_prefix_cache=lambda: resets.append(engine.adapter))
+    engine._adapters, loaded = 0, []
+    for _ in range(3):
+        engine.load_adapter(ROOT)
+        loaded.append(engine.adapter)
+    assert len({name for name, _ in loaded}) == 3 and [number for _, number in loaded] == [1, 2, 3]
+    assert resets == loaded
 
 
 def test_a_request_after_a_pause_does_not_meet_a_connection_that_the_server_is_ending():

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rlhf_nb as rl
@@ -102,6 +102,25 @@ def test_taking_the_adapter_off_a_merged_model_gives_the_base_back(job, lora, tm
         torch.testing.assert_close(off[name], base[name], rtol=0, atol=1e-7, msg=name)
     assert max((merged[name] - base[name]).abs().max() for name in base) > 1e-3
     assert (tmp_path / "off" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"target_modules": ["q_proj"], "use_dora": True}, r"more than a product of two matrices at .*\.q_proj"),
+        ({"target_modules": ["embed_tokens"]}, r"more than a product of two matrices at .*\.embed_tokens"),
+        ({"target_modules": ["q_proj"], "bias": "all"}, "trained biases or tokens"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [3]}, "trained biases or tokens"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "trained lm_head whole"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_an_adapter_that_is_more_than_a_product_is_not_taken_off(tiny_model, tmp_path, settings, says):
+    adapter = tmp_path / "adapter"
+    get_peft_model(load(tiny_model), LoraConfig(r=2, task_type="CAUSAL_LM", **settings)).save_pretrained(adapter)
+    with pytest.raises(SpecError, match=f'adapter "adapter" .*{says}.*; take the base itself') as said:
+        adapters.unmerge(tiny_model, adapter, tmp_path / "off")
+    assert "\n" not in str(said.value) and not (tmp_path / "off").exists()
 
 
 def test_a_stage_that_starts_from_an_adapter_starts_from_what_it_makes_of_its_base(job, lora, monkeypatch, tmp_path):

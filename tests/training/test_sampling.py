@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import inspect
 import random
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_nb.training.data import prompt_ids
@@ -51,6 +53,44 @@ def test_log_probabilities_do_not_depend_on_the_padding_around_them(policy):
     together = sequence_logprobs(policy, prompts, completions)
     alone = [sequence_logprobs(policy, [p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
     assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_only_the_logits_that_predict_completions_are_made(policy, monkeypatch):
+    shapes = []
+    forward = type(policy).forward
+    signature = inspect.signature(forward)
+
+    def watched(self, *args, **named):
+        out = forward(self, *args, **named)
+        shapes.append(tuple(out.logits.shape[:2]))
+        return out
+
+    watched.__signature__ = signature
+    monkeypatch.setattr(type(policy), "forward", watched)
+    sequence_logprobs(policy, [[5] * 60] * 3, [[6] * 4] * 3)
+    assert shapes == [(3, 5)]
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_what_a_model_s_generation_config_favours_or_forbids_stays_out_of_the_samples(tiny_model, tokenizer, adapter):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
+
+    def said():
+        with undisturbed(model):
+            found = generate(model, tokenizer, PROMPTS * 4, max_new_tokens=20, max_length=512, seed=3)
+        return [completion.ids for completion in found]
+
+    plain = said()
+    stated = model.generation_config
+    stated.update(repetition_penalty=5.0, min_p=0.9, no_repeat_ngram_size=1, typical_p=0.3, suppress_tokens=[7, 8, 9])
+    assert said() == plain
+    assert model.generation_config is stated and stated.repetition_penalty == 5.0
+    # Its end tokens still end a completion.
+    token = max(plain[0])
+    stated.eos_token_id = [token]
+    assert all(token not in ids[:-1] for ids in said()) and any(ids[-1] == token for ids in said())
 
 
 def test_a_completion_stops_at_the_end_token_and_does_not_show_it(policy, tokenizer):

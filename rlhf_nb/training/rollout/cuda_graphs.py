@@ -47,7 +47,7 @@ class KeptLayer(StaticLayer):
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.cumulative_length, key_states)
+        self.keys.index_copy_(2, self.cumulative_length, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.cumulative_length, value_states)
         return self.keys, self.values
 

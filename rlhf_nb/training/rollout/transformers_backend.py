@@ -64,6 +64,8 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         before = self.get_seq_length()
+        # Under autocast rotary embeddings leave keys in float32, and attention would cast all of them at every token.
+        key_states = key_states.to(value_states.dtype)
         if not self._all:
             self.lazy_initialization(key_states, value_states)
             self._all = [new.new_empty(*new.shape[:2], self.room, new.shape[3]) for new in (key_states, value_states)]
@@ -139,6 +141,8 @@ class TransformersSampler:
         inputs, seen = pad_left(prompts, self.pad_token, device)
         positions = position_ids(seen)
         cache = roomy_cache(self.trunk.config, inputs.shape[1] + T)
+        # States of linear attention and convolutions know no rows to select: there all stay to the end.
+        compacts = all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
         rows = torch.arange(B, device=device)
         logprobs_BT = values_BT = None
         width = 0
@@ -169,7 +173,7 @@ class TransformersSampler:
             count = int(alive.sum())
             if count == 0:
                 break
-            if count <= COMPACT_AT * len(rows):
+            if compacts and count <= COMPACT_AT * len(rows):
                 index = alive.nonzero().squeeze(1)
                 cache.batch_select_indices(index)
                 rows, token, seen, positions = rows[index], token[index], seen[index], positions[index]

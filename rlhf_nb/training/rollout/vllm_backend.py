@@ -69,18 +69,18 @@ class VLLMSampler:
         if version == self.version:
             return
         if self.is_adapter or not self.engine.take_weights(self.policy):
-            self._through_a_directory(version)
+            self._through_a_directory()
         self._check()
         self.version = version
 
-    def _through_a_directory(self, version: int) -> None:
+    def _through_a_directory(self) -> None:
         with storage_errors(self.scratch):
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir(parents=True)
             # Safetensors, by default and for adapters too.
             self.policy.save_pretrained(str(self.scratch), state_dict=sharding.weights_now(self.policy))
         if self.is_adapter:
-            self.engine.load_adapter(self.scratch, version)
+            self.engine.load_adapter(self.scratch)
         else:
             self.engine.load_weights(self.scratch)
 

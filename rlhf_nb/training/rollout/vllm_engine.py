@@ -45,7 +45,7 @@ class Engine(Protocol):
         """One completion of each prompt, `limit` tokens at most, each drawn with its own seed."""
         ...
 
-    def load_adapter(self, directory: Path, version: int) -> None:
+    def load_adapter(self, directory: Path) -> None:
         """Sample from now on with the LoRA adapter saved there."""
         ...
 
@@ -113,6 +113,8 @@ class InProcess:
             ) from None
         self.ends = ends
         self.adapter: Any = None
+        self._adapters = 0
+        """Loaded so far."""
         lora = {} if adapter_rank is None else {"enable_lora": True, "max_lora_rank": rank_for(adapter_rank)}
         self.llm = LLM(
             model=model,
@@ -143,11 +145,13 @@ class InProcess:
             drawn.append(Drawn(tokens, logprobs))
         return drawn
 
-    def load_adapter(self, directory: Path, version: int) -> None:
+    def load_adapter(self, directory: Path) -> None:
         from vllm.lora.request import LoRARequest
 
-        # Another number is another adapter: neither its weights nor its cached prefixes are those of before.
-        self.adapter = LoRARequest(f"policy-{version}", version + 1, str(directory))
+        # Another number is another adapter. Versions come again where a run goes back to a checkpoint.
+        self._adapters += 1
+        self.adapter = LoRARequest(f"policy-{self._adapters}", self._adapters, str(directory))
+        self.llm.reset_prefix_cache()
 
     def load_weights(self, directory: Path) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
@@ -195,7 +199,7 @@ class Server:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(ask, prompts, seeds))
 
-    def load_adapter(self, directory: Path, version: int) -> None:
+    def load_adapter(self, directory: Path) -> None:
         assert self.adapter is not None, "the server was opened for whole models"
         asked = {"lora_name": self.adapter, "lora_path": str(directory), "load_inplace": True}
         self.post("/v1/load_lora_adapter", asked, needs="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora")
