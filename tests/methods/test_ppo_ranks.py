@@ -29,7 +29,7 @@ CONFIG = {
 """Minibatches of three rows: two ranks share each unevenly."""
 FLAGS = {1: "--num_processes 1", 2: "--multi_gpu --num_processes 2 --main_process_port 0"}
 RANK = """
-import json, os, sys
+import dataclasses, json, os, sys
 from pathlib import Path
 import torch
 from rlhf_nb.compute.rundir import EventWriter, append_line
@@ -57,10 +57,13 @@ if asked.get("after_step_1") or asked.get("when_held"):
 
 if asked.get("beyond_after"):
     update = online.OnlineTrainer.update
-    def beyond(self, *a, **k):
+    def beyond(self, minibatch, *a, **k):
         if self.step == asked["beyond_after"]:
-            self.live.learning_rate = 1e30
-        return update(self, *a, **k)
+            if not asked.get("on_one_rank"):
+                self.live.learning_rate = 1e30
+            elif rank == 1:
+                minibatch = dataclasses.replace(minibatch, advantages_BT=minibatch.advantages_BT * float("nan"))
+        return update(self, minibatch, *a, **k)
     online.OnlineTrainer.update = beyond
 
 if asked.get("sampled_at"):
@@ -311,14 +314,15 @@ def test_a_doctor_that_looks_between_gradient_and_step_leaves_sharded_weights_as
         assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
 
 
-def test_sharded_weights_go_back_to_the_last_good_checkpoint_too(ranks):
+@pytest.mark.parametrize(("on_one_rank", "culprit"), [(False, ""), (True, "advantages;")], ids=["all", "one"])
+def test_sharded_weights_go_back_to_the_last_good_checkpoint_too(ranks, on_one_rank, culprit):
     config = ranks.job.root / "fsdp.yaml"
     config.write_text(FSDP.format(version=2))
     knobs = {"max_steps": 9, "checkpoint_every": 3}
     place = ranks.prepare("two", 2, flags=f"--config_file {config} --num_processes 2", **knobs)
-    ranks(place, beyond_after=4, when_held=Stop().model_dump(mode="json"))
+    ranks(place, beyond_after=4, on_one_rank=on_one_rank, when_held=Stop().model_dump(mode="json"))
     (text,) = [notice.text for notice in fold(place).notices if notice.code == "not_finite"]
-    assert "the run is back at its checkpoint of step 3 and paused" in text
+    assert f"first not finite is {culprit}" in text and "back at its checkpoint of step 3 and paused" in text
     saved = load_file(place.model / "model.safetensors")
     kept = load_file(checkpoints.directory(place.path, 3) / "trained.safetensors")
     for name, weight in saved.items():
