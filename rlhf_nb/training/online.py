@@ -39,9 +39,9 @@ from rlhf_nb.training.not_finite import NotFiniteError
 from rlhf_nb.training.online_checkpoint import load_checkpoint, save_checkpoint
 from rlhf_nb.training.online_report import Report
 from rlhf_nb.training.online_samples import SampleTable
+from rlhf_nb.training.online_serving import Serving
 from rlhf_nb.training.online_types import Credit, Extent, Minibatch, Outputs, Read, Rollout
 from rlhf_nb.training.pretraining import Pretraining
-from rlhf_nb.training.preview import answer as answer_preview
 from rlhf_nb.training.prompt_order import prompts_that_fit
 from rlhf_nb.training.reference_said import ReferenceSaid
 from rlhf_nb.training.rollout.base import Sampler
@@ -115,10 +115,8 @@ class OnlineTrainer:
         """Prompts drawn so far."""
         self.measured: list[float] | None = None
         """What the last rollout has the next one's coefficients moved by."""
-        self._between_rollouts = True
         self._hooks_s = 0.0
-        self._used_up_at = self._waiting_for = 0
-        """Step after which the rollout is used up, unless its passes end early; and the one that a person was told."""
+        self.serving = Serving(self)
         self.checkpointed = 0
         """Step of the last checkpoint."""
         self.samples = SampleTable(self)
@@ -179,8 +177,8 @@ class OnlineTrainer:
         loop.bind([self._bound(live) for live in self.method.live_in(self.context.spec)])
         loop.rewards = self.scoring
         loop.preview_refusal = partial(self.method.preview_refusal, self.live)
-        loop.on_checkpoint = partial(self._because_asked, self._serve_checkpoint)
-        loop.on_idle = partial(self._because_asked, self._serve)
+        loop.on_checkpoint = partial(self._because_asked, self.serving.checkpoint)
+        loop.on_idle = partial(self._because_asked, self.serving.all)
         loop.on_change = self._hold_controller
         if self.context.resume_from is not None:
             self.step, self.rollouts = load_checkpoint(self.context.resume_from, self)
@@ -197,8 +195,8 @@ class OnlineTrainer:
                 credit = self.method.credit(rollout, self.live)
                 self.report.rollout(rollout, credit, seconds)
                 self.doctor.look(rollout)
-            self._between_rollouts, held, stopped, updating_s = False, False, False, 0.0
-            self._used_up_at = min(self.method.max_steps, self.step + self.method.passes * self.method.num_mini_batches)
+            self.serving.rollout_begins()
+            held, stopped, updating_s = False, False, 0.0
             for index, (minibatch, extent) in enumerate(self.minibatches(rollout, credit)):
                 if index and not self._goes_on(new_rollout=False):
                     stopped = self.step < self.method.max_steps
@@ -215,7 +213,7 @@ class OnlineTrainer:
                 if self._far_enough(metrics):
                     break
             if held:
-                self._between_rollouts = True
+                self.serving.between_rollouts = True
                 continue
             with sharding.gathered(self.module):
                 self.report.update(rollout, updating_s)
@@ -226,9 +224,9 @@ class OnlineTrainer:
                 break
             self.measured = self.method.measured(rollout)
             self.rollouts += 1
-            self._between_rollouts = True
+            self.serving.between_rollouts = True
             self._checkpoint_when_due()
-        self._serve()
+        self.serving.all()
 
     def _goes_on(self, *, new_rollout: bool) -> bool:
         """The boundary before the next optimizer step; False where there is none."""
@@ -236,7 +234,7 @@ class OnlineTrainer:
             return False
         with self.hook():
             self.context.control.boundary(self.step + 1, rollout=new_rollout)
-        self._serve()
+        self.serving.all()
         return not self.context.control.stopping
 
     @contextmanager
@@ -295,44 +293,6 @@ class OnlineTrainer:
         began = time.thread_time()
         serve()
         self._hooks_s -= time.thread_time() - began
-
-    def _serve(self) -> None:
-        """Answer what was asked for: samples at any boundary, checkpoints between rollouts."""
-        loop = self.context.control
-        if loop.sample_requests or loop.preview_requests:
-            with sharding.gathered(self.module):
-                self._answer()
-        self._serve_checkpoint()
-
-    def _serve_checkpoint(self) -> None:
-        loop = self.context.control
-        if loop.checkpoint_requested and self._between_rollouts:
-            loop.checkpoint_requested.clear()
-            self.save_checkpoint()
-        elif loop.checkpoint_requested and loop.stopping:
-            loop.checkpoint_requested.clear()
-            self.emit.notice(
-                "checkpoint_missed",
-                "the run was stopped within a rollout and checkpoints are taken between rollouts: none was taken here",
-            )
-        elif loop.checkpoint_requested and self._waiting_for != self._used_up_at:
-            self._waiting_for = self._used_up_at
-            self.emit.notice(
-                "checkpoint_waits",
-                f"checkpoints are taken between rollouts: this one after step {self._used_up_at} at the latest",
-            )
-
-    def _answer(self) -> None:
-        loop = self.context.control
-        requests, previews = list(loop.sample_requests), list(loop.preview_requests)
-        loop.sample_requests.clear()
-        loop.preview_requests.clear()
-        for request in requests:
-            self.samples.answer(request)
-        if not self.context.is_main:
-            return
-        for preview in previews:
-            self.emit.event(answer_preview(self, preview))
 
     def _checkpoint_when_due(self) -> None:
         every = self.method.checkpoint_every
