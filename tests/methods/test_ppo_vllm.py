@@ -393,19 +393,47 @@ class Hurried(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     answered = False
 
-    def do_GET(self) -> None:
+    def do_GET(self, status: int = 200) -> None:
         if self.answered:
             self.close_connection = True
             return
-        data = json.dumps({"data": [{"id": "policy"}], "world_size": 1}).encode()
-        self.send_response(200)
+        data = json.dumps({"data": [{"id": "policy"}], "world_size": 1, "message": "no init_info"}).encode()
+        self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
         self.answered = True
 
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET(500)
+
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def test_a_request_after_a_pause_does_not_meet_a_connection_that_the_server_is_ending():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hurried) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with closing(Server(f"http://127.0.0.1:{server.server_port}", ends={1}, adapter=None)) as engine:
+            time.sleep(2)
+            assert engine.asked("GET", "/get_world_size")["world_size"] == 1
+        server.shutdown()
+
+
+def test_a_request_after_an_error_does_not_meet_the_connection_on_which_the_server_fell():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hurried) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with closing(Server(f"http://127.0.0.1:{server.server_port}", ends={1}, adapter=None)) as engine:
+            time.sleep(2)
+            transfer = object.__new__(NCCLTransfer)
+            transfer.server = engine
+            transfer._refuse_a_server_without_it()
+            assert engine.asked("GET", "/get_world_size")["world_size"] == 1
+        server.shutdown()
+
+
+# --- in the trainer's process -----------------------------------------------------------------------------------------
 
 
 def test_every_adapter_that_is_loaded_is_another_one_and_no_prefix_stays_cached(monkeypatch):
@@ -420,18 +448,6 @@ def test_every_adapter_that_is_loaded_is_another_one_and_no_prefix_stays_cached(
         loaded.append(engine.adapter)
     assert len({name for name, _ in loaded}) == 3 and [number for _, number in loaded] == [1, 2, 3]
     assert resets == loaded
-
-
-def test_a_request_after_a_pause_does_not_meet_a_connection_that_the_server_is_ending():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hurried) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with closing(Server(f"http://127.0.0.1:{server.server_port}", ends={1}, adapter=None)) as engine:
-            time.sleep(2)
-            assert engine.asked("GET", "/get_world_size") == {"data": [{"id": "policy"}], "world_size": 1}
-        server.shutdown()
-
-
-# --- in the trainer's process -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adapter", [None, LoRA(r=4)])

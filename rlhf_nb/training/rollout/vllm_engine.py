@@ -239,11 +239,26 @@ class Server:
         """
         return self.asked("POST", path, body, needs=needs)
 
-    def asked(self, verb: str, path: str, body: dict[str, Any] | None = None, *, needs: str | None = None) -> Any:
+    def asked(
+        self,
+        verb: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        needs: str | None = None,
+        may_fail: bool = False,
+    ) -> Any:
+        """As `post`.
+
+        Args:
+            may_fail: An error is an answer, and more will be asked. On the connection on which an error has surprised
+                it the server says no more, and ends it a moment after the answer: the next request has another.
+        """
         import httpx
 
+        headers = {"Connection": "close"} if may_fail else {}
         try:
-            answer = self.http.request(verb, path, json=body)
+            answer = self.http.request(verb, path, json=body, headers=headers)
         except httpx.HTTPError as error:
             raise ComputeError(
                 f"vllm_url={self.url}: no answer to {path} ({type(error).__name__}: {error}); start the server, or use "

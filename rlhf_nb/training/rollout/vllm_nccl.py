@@ -76,7 +76,7 @@ class NCCLTransfer:
     def _refuse_a_server_without_it(self) -> None:
         """The routes are there whatever it was started with, and the trainer would wait for its workers for ever."""
         try:
-            self.init_weight_transfer_engine({})
+            self.server.asked("POST", "/init_weight_transfer_engine", {"init_info": {}}, needs=NEEDS, may_fail=True)
         except ComputeError as error:
             if "not configured" in str(error):
                 raise ComputeError(
