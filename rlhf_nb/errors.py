@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class RlhfError(Exception):
@@ -84,6 +88,14 @@ class StorageError(RlhfError, OSError):
 
 class RewardError(RlhfError, ValueError):
     """A reward function or reward model returned something that is not one finite number per completion."""
+
+
+def first_fault(error: ValidationError) -> tuple[str, Any, str]:
+    """Of what a model of pydantic's refused first: the field, its value, and what it "should be ..."."""
+    first = error.errors()[0]
+    # pydantic says "Input should be greater than 0"; the value belongs beside it.
+    said = first["msg"].lower().replace("input should", "should")
+    return ".".join(str(part) for part in first["loc"]) or "?", first["input"], said
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

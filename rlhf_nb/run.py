@@ -25,6 +25,7 @@ from rlhf_nb.errors import (
     UnavailableError,
     WaitTimeoutError,
     did_you_mean,
+    first_fault,
 )
 from rlhf_nb.protocol import control as controls
 from rlhf_nb.protocol.events import (
@@ -362,9 +363,8 @@ class Run:
         try:
             asked = controls.Preview(name=name, values=wanted, prompts=prompts, samples=samples)
         except ValidationError as error:
-            wrong = error.errors()[0]
-            field, said = str(wrong["loc"][0]), wrong["msg"].lower().replace("input should", "should")
-            raise SpecError(f"{self.id}: preview {field}={wrong['input']!r}: {said}") from None
+            field, given, said = first_fault(error)
+            raise SpecError(f"{self.id}: preview {field}={given!r}: {said}") from None
         return self._ask(asked)
 
     def resume(self) -> Pending | Run:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf_nb.data.rows import canonical_json
-from rlhf_nb.errors import NotFoundError, SpecError, did_you_mean
+from rlhf_nb.errors import NotFoundError, SpecError, did_you_mean, first_fault
 
 SHIPPED = Path(__file__).parent / "constitutions"
 Part = Literal["critique", "revision", "preference"]
@@ -152,10 +152,9 @@ def _from_parts(parts: dict[str, Any], name: str) -> Constitution:
         numbered = [{"name": str(at), **each} for at, each in enumerate(principles, start=1)]
         made = Constitution(**{"name": name, **parts, "principles": tuple(Principle(**each) for each in numbered)})
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        field, given, said = first_fault(error)
         hint = did_you_mean(field, [*Principle.model_fields, *Constitution.model_fields])
-        raise SpecError(f"constitution {name}: {field}={first['input']!r}: {first['msg'].lower()}{hint}") from None
+        raise SpecError(f"constitution {name}: {field}={given!r}: {said}{hint}") from None
     except TypeError:
         raise SpecError(f"constitution {name}: principles is a list of tables, each with what it says") from None
     return _checked(made)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rlhf_nb import workspace as workspaces
-from rlhf_nb.errors import NotFoundError, RunFailedError, SpecError, UnavailableError, did_you_mean
+from rlhf_nb.errors import NotFoundError, RunFailedError, SpecError, UnavailableError, did_you_mean, first_fault
 from rlhf_nb.magics import awaiting, parser
 
 if TYPE_CHECKING:
@@ -116,13 +116,11 @@ def _adapter(verb: str, value: Any) -> LoRA | None:
     try:
         return LoRA(**value)
     except ValidationError as error:
-        first, known = error.errors()[0], list(LoRA.model_fields)
-        field = str(first["loc"][0])
-        if first["type"] == "extra_forbidden":
+        (field, given, said), known = first_fault(error), list(LoRA.model_fields)
+        if error.errors()[0]["type"] == "extra_forbidden":
             hint = did_you_mean(field, known)
             raise SpecError(f'{verb}: "{field}" is no knob of an adapter{hint}  known: {", ".join(known)}') from None
-        said = first["msg"].lower().replace("input should", "should")
-        raise SpecError(f"{verb}: adapter.{field}={value[field]!r}: {said}") from None
+        raise SpecError(f"{verb}: adapter.{field}={given!r}: {said}") from None
 
 
 def _show(run: Run) -> Run:

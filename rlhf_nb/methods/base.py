@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlhf_nb.errors import SpecError, did_you_mean
+from rlhf_nb.errors import SpecError, did_you_mean, first_fault
 from rlhf_nb.protocol.events import Coefficient
 from rlhf_nb.protocol.spec import RewardPart, reward_parts
 
@@ -222,10 +222,8 @@ class GradientMethod(Method):
 
 
 def _one_line(cls: type[Method], error: ValidationError) -> str:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or "?"
-    if first["type"] == "extra_forbidden":
+    field, given, said = first_fault(error)
+    if error.errors()[0]["type"] == "extra_forbidden":
         known = list(cls.model_fields)
         return f'{cls.name}: "{field}" is no knob of {cls.name}{did_you_mean(field, known)}  known: {", ".join(known)}'
-    # pydantic says "Input should be greater than 0"; the value belongs beside it.
-    return f"{cls.name}: {field}={first['input']!r}: {first['msg'].lower().replace('input should', 'should')}"
+    return f"{cls.name}: {field}={given!r}: {said}"

@@ -18,7 +18,7 @@ from rlhf_nb import registry
 from rlhf_nb.data.conversions import CONVERSIONS, GIVES, SERVES, convert
 from rlhf_nb.data.importers import counted, nothing_left, summarize
 from rlhf_nb.data.rows import COLUMNS, KINDS
-from rlhf_nb.errors import DataError, NotFoundError, RlhfError, SpecError, did_you_mean
+from rlhf_nb.errors import DataError, NotFoundError, RlhfError, SpecError, did_you_mean, first_fault
 from rlhf_nb.protocol.spec import (
     BlobData,
     CombinedReward,
@@ -331,9 +331,8 @@ def _model_with_options(
     try:
         made = ModelReward(model=plain.model, **options)
     except ValidationError as error:
-        first = error.errors()[0]
-        said = first["msg"].lower().replace("input should", "should")
-        raise SpecError(f"{role} {name}: {first['loc'][0]}={first['input']!r}: {said}") from None
+        field, given, said = first_fault(error)
+        raise SpecError(f"{role} {name}: {field}={given!r}: {said}") from None
     if workspace.spec(plain.model.run_id).config.get("members", 1) < 2:
         raise SpecError(
             f"{role} {name}: its options are for the members of an ensemble, and it is one model; leave them out, or "
