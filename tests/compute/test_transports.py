@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from rlhf_nb.compute.transports.local import LocalKernel
 from rlhf_nb.compute.transports.server import Server
 from rlhf_nb.compute.transports.zmq_link import ZmqLink
 from rlhf_nb.errors import AttachError
+from tests.servers import jupyter_server
 
 from .conftest import new_root, until
 
@@ -34,39 +34,16 @@ TOKEN = "correct-horse-battery-staple"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Jupyter Server on a port the system chose; its URL."""
+    """URL of a Jupyter Server with a kernelspec of its own."""
     home = tmp_path_factory.mktemp("server")
-    info = home / "run"
-    info.mkdir()
-    env = dict(os.environ, JUPYTER_RUNTIME_DIR=str(info), JUPYTER_TOKEN=TOKEN, JUPYTER_PATH=str(home / "share"))
+    env = dict(os.environ, JUPYTER_RUNTIME_DIR=str(home / "run"), JUPYTER_PATH=str(home / "share"))
     spec = home / "share" / "kernels" / "rlhf"
     spec.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "RLHF", "language": "python"}))
-    log = open(home / "log.txt", "wb")
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "jupyter_server",
-            "--port=0",
-            "--no-browser",
-            "--allow-root",
-            f"--ServerApp.root_dir={home}",
-        ],
-        env=env,
-        stdout=log,
-        stderr=log,
-    )
-    try:
-        found = until(lambda: list(info.glob("jpserver-*.json")), 60, "the server has written its file")
-        until(lambda: found[0].read_text().strip(), 10)
-        yield json.loads(found[0].read_text())["url"].rstrip("/")
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.terminate()
-        process.wait(20)
-        log.close()
+    command = [sys.executable, "-m", "jupyter_server", f"--ServerApp.root_dir={home}"]
+    with jupyter_server(command, token=TOKEN, log=home / "log.txt", env=env) as (url, _):
+        yield url
 
 
 def test_a_server_answers_pushes_and_keeps_its_token_out_of_urls(server: str, caplog: pytest.LogCaptureFixture) -> None:

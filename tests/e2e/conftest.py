@@ -8,11 +8,9 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +22,9 @@ import pytest
 from PIL import Image
 
 from rlhf_nb.compute.rundir import LineTail
+from tests.servers import jupyter_server
 
 TOKEN = "e2e"
-READY_S = 120
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90.0, every: float = 0.1) -> Any:
@@ -46,12 +44,6 @@ def colours(png: bytes, below: float = 0) -> int:
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     part = picture.crop((0, min(round(below), picture.height), picture.width, picture.height))
     return len(part.getcolors(1 << 24) or [])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass
@@ -85,7 +77,6 @@ def start_lab(root: Path, *, app: str = "lab", settings: dict[str, Any] | None =
         path = config / "lab" / "user-settings" / extension / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
-    port = free_port()
     env = dict(
         os.environ,
         JUPYTER_CONFIG_DIR=str(config),
@@ -94,50 +85,14 @@ def start_lab(root: Path, *, app: str = "lab", settings: dict[str, Any] | None =
         IPYTHONDIR=str(home / "ipython"),
     )
     log = root / "server.log"
-    command = [
-        *(python, "-m", "jupyterlab" if app == "lab" else "notebook"),
-        *("--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"),
-        *(f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={root}"),
-        *("--LabApp.expose_app_in_browser=True", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"),
-        *("--LabApp.news_url=None",),
-    ]
-    if app != "lab":
-        command = [part.replace("--LabApp.", "--JupyterNotebookApp.") for part in command if "updates" not in part]
-        command = [part for part in command if "news_url" not in part]
-    with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=env, cwd=root, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-
-    def up() -> bool:
-        if process.poll() is not None:
-            pytest.fail(f"the server ended: {log.read_text()[-2000:]}")
-        try:
-            urllib.request.urlopen(f"{url}/api/status?token={TOKEN}", timeout=2)
-        except OSError:
-            return False
-        return True
-
-    try:
-        wait_for(up, "the server answers", READY_S)
+    command = [python, "-m", "jupyterlab" if app == "lab" else "notebook", f"--ServerApp.root_dir={root}"]
+    if app == "lab":
+        command += ["--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None"]
+        command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    else:
+        command += ["--JupyterNotebookApp.expose_app_in_browser=True"]
+    with jupyter_server(command, token=TOKEN, log=log, env=env, cwd=root) as (url, process):
         yield Lab(url, root, process, log)
-    finally:
-        end_tree(process.pid)
-        process.wait(20)
-
-
-def end_tree(pid: int, patience_s: float = 10.0) -> None:
-    """Terminate a process and what it started, then kill what is left."""
-    try:
-        parent = psutil.Process(pid)
-    except psutil.NoSuchProcess:
-        return
-    tree = [*parent.children(recursive=True), parent]
-    parent.terminate()
-    _, alive = psutil.wait_procs(tree, timeout=patience_s)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=5)
 
 
 @dataclass

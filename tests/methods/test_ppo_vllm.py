@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -38,6 +37,7 @@ from rlhf_nb.training.rollout.base import uniforms
 from rlhf_nb.training.rollout.vllm_backend import VLLMSampler
 from rlhf_nb.training.rollout.vllm_engine import Drawn, InProcess, Server, loopback, rank_for
 from rlhf_nb.training.rollout.vllm_nccl import NCCLTransfer
+from tests.servers import free_port
 
 from .conftest import LETTERS, ROWS, fold
 from .test_ppo_ranks import FSDP, ranks  # noqa: F401
@@ -85,10 +85,8 @@ def environment(**more: str) -> dict[str, str]:
 
 @contextmanager
 def serving(python: str, model: Path, folder: Path, *flags: str, **switches: str) -> Iterator[str]:
-    """A vLLM server on a port the system chose."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """A vLLM server on a port of its own."""
+    port = free_port()
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "start",
         "--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "64", "--enforce-eager",
