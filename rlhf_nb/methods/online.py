@@ -146,8 +146,8 @@ class OnlineMethod(Method):
     stop_at_score: float | None = None
     """End the run, with its model saved, once a rollout's mean score reaches this."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: models compute in bfloat16 (autocast) on float32 weights; log-probabilities, credit and loss stay
-    float32."""
+    """bf16: models compute in bfloat16 (autocast). What trains keeps float32 weights, what does not is held in
+    bfloat16 (not under FSDP); log-probabilities, a reward model's head, credit and loss stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a fifth slower. Dropout is then off for good."""
     micro_batch_size: int = Field(0, ge=0)

@@ -27,6 +27,7 @@ class RewardModelScorer:
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.max_length, self.batch_size = max_length, batch_size
+        self.bf16 = False
         self.emit: Emitter | None = None
         """Is told, once, that conversations are longer than what the model reads."""
 
@@ -70,6 +71,17 @@ class RewardModelScorer:
         check_head(path)
         return on_trunk(path, adapter, trunk, device=device)
 
+    def compute_in_bf16(self) -> None:
+        """From now on, in half the memory. Its head stays in float32: a score in bfloat16 has two or three digits."""
+        from rlhf_nb.training.precision import OwnPrecision, halve_frozen
+
+        self.bf16 = True
+        whole = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        halve_frozen(whole.base_model)
+        for name, child in list(whole.named_children()):
+            if name != whole.base_model_prefix and any(True for _ in child.parameters()):
+                setattr(whole, name, OwnPrecision(child))
+
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """One finite score for each completion, in order.
 
@@ -90,7 +102,7 @@ class RewardModelScorer:
             pad = self.model.config.get_text_config().pad_token_id
             input_ids = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in indices], device=device)
             mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in indices], device=device)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 logits = self.model(input_ids=input_ids, attention_mask=mask).logits
             for index, value in zip(indices, logits[:, 0].float().tolist(), strict=True):
                 scores[index] = value

@@ -20,6 +20,7 @@ def load(
     *,
     device: Any = None,
     backbone: tuple[str, Any] | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> RewardFunction:
     """f(prompts, completions, **columns) → one finite number each.
 
@@ -30,6 +31,8 @@ def load(
     Args:
         backbone: A base model's directory, and its trunk with weights that stay as they are. A reward model that is an
             adapter of the same base then stands on them, and holds no weights of its own but the adapter's.
+        precision: What a reward model computes in. bf16 also halves its memory; its head, and so the score, stays as it
+            is.
 
     Raises:
         RlhfError: No such model, no reward model, source that does not run, or a reward that cannot work here.
@@ -48,8 +51,11 @@ def load(
             )
         else:
             found = load_reward_model(path, device=device, emit=context.emit, **over)
+        members = found.members if isinstance(found, EnsembleScorer) else [found]
+        for member in members if precision == "bf16" else ():
+            member.compute_in_bf16()
         # Members of an ensemble read as much as each other.
-        (found.members[0] if isinstance(found, EnsembleScorer) else found).emit = context.emit
+        members[0].emit = context.emit
         return found
     if isinstance(reference, NamedReward):
         if (opening := getattr(registry.rewards.get(reference.name), "open", None)) is not None:

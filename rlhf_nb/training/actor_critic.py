@@ -17,6 +17,7 @@ from rlhf_nb.errors import SpecError
 from rlhf_nb.maths.logprobs import completion_logprobs, position_ids, predicting_slice
 from rlhf_nb.training import models
 from rlhf_nb.training.arguments import lora_config
+from rlhf_nb.training.precision import halve_frozen
 
 if TYPE_CHECKING:
     from rlhf_nb.training.context import Context
@@ -334,6 +335,13 @@ def load(
     else:
         frozen = models.load_model(path).eval().requires_grad_(False)
     models.freeze_beside_text(policy)
+    if precision == "bf16":
+        # Without an adapter what is frozen is saved with the rest; a shard's weights are of one kind; an average moves.
+        if context.spec.adapter is not None and not sharded:
+            # A value model of its own stands on the same weights.
+            halve_frozen(policy)
+        if frozen is not None and reference == "frozen":
+            halve_frozen(frozen)
     return ActorCritic(policy, critic, width, precision).eval(), Reference(
         policy, frozen, absent=reference == "none", precision=precision, backbone=backbone
     )

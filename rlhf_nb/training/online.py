@@ -499,7 +499,8 @@ class OnlineTrainer:
         if self.context.spec.adapter is not None:
             adapter = Path(directory) / "adapter"
             policy.save_pretrained(str(adapter), state_dict=weights)
-            if self.sharded or self.context.spec.adapter.quantize != "none":
+            held_whole = self.context.spec.adapter.quantize == "none" and self.method.precision == "fp32"
+            if self.sharded or not held_whole:
                 base = models.load_model(self.context.model_path(self.context.spec.policy))
                 policy, weights = PeftModel.from_pretrained(base, str(adapter)), None
             policy = policy.merge_and_unload()

@@ -73,7 +73,9 @@ class Scoring:
         None where the part that stands now was not asked."""
 
     def _load(self, reference: OneReward) -> RewardFunction:
-        found = load(self.context, reference, device=self.device, backbone=self.backbone)
+        found = load(
+            self.context, reference, device=self.device, backbone=self.backbone, precision=self.method.precision
+        )
         words = getattr(getattr(found, "members", [found])[0], "tokenizer", None)
         if words is not None and self.tokenizer is not None and words.get_vocab() != self.tokenizer.get_vocab():
             self.context.emit.notice(

@@ -363,22 +363,6 @@ def test_dropout_of_the_base_model_stays_out_where_activations_are_computed_agai
     assert first == pytest.approx(second, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("adapter", [None, LoRA(r=4)], ids=["full", "lora"])
-def test_bf16_computes_in_bf16_and_keeps_what_matters_in_fp32(ppo, adapter):
-    plain, low = ppo("plain", adapter=adapter), ppo("low", adapter=adapter, precision="bf16")
-    gaps = [
-        row.values["rollout/logprob_mismatch"] for row in fold(low).rows if "rollout/logprob_mismatch" in row.values
-    ]
-    assert gaps and max(gaps) < 0.05
-    assert not [n for n in fold(low).notices if n.code == "kl_doctor/mismatch"]
-    one, other = (rollouts(place)[0]["reward/score"] for place in (plain, low))
-    assert one == pytest.approx(other, abs=0.5)
-    saved = load_file(low.model / "model.safetensors")
-    assert {str(weight.dtype) for weight in saved.values()} == {"torch.float32"}
-    losses = [[r.values["loss"] for r in fold(p).rows if "loss" in r.values] for p in (plain, low)]
-    assert losses[0] != losses[1] and all(math.isfinite(value) for value in losses[1])
-
-
 # --- a sampler that computes otherwise than the trainer ---------------------------------------------------------------
 
 

@@ -291,5 +291,5 @@ def _low(module: nn.Module) -> dict[str, Tensor]:
     for name, one in module.named_modules():
         if isinstance(one, nn.Linear):
             found |= dict(one.named_parameters(prefix=name, recurse=False))
-    floats = {name: each for name, each in found.items() if each.is_floating_point()}
+    floats = {name: each for name, each in found.items() if each.dtype == torch.float32}
     return {name: torch.empty_like(each, dtype=torch.bfloat16) for name, each in floats.items()}
