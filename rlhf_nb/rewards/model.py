@@ -77,10 +77,10 @@ class RewardModelScorer:
 
         self.bf16 = True
         whole = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        halve_frozen(whole.base_model)
         for name, child in list(whole.named_children()):
-            if name != whole.base_model_prefix and any(True for _ in child.parameters()):
+            if name != whole.base_model_prefix and next(child.parameters(), None) is not None:
                 setattr(whole, name, OwnPrecision(child))
+        halve_frozen(whole)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """One finite score for each completion, in order.
