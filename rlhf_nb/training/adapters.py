@@ -102,6 +102,10 @@ def unmerge(merged: Path, adapter: Path, target: Path) -> None:
     config: Any = PeftConfig.from_pretrained(str(adapter))
     if whole := getattr(config, "modules_to_save", None):
         raise _not_undone(adapter, f"trained {', '.join(whole)} whole")
+    start = getattr(config, "init_lora_weights", True)
+    # These begin with a part of the base, and take it out of there.
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq")):
+        raise _not_undone(adapter, f"began as a part of its base ({start})")
     model = PeftModel.from_pretrained(models.load_model(str(merged)), str(adapter))
     if not isinstance(model.base_model, LoraModel):
         raise _not_undone(adapter, f"is of the kind {type(model.base_model).__name__}")

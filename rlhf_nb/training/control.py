@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
@@ -159,6 +160,8 @@ class ControlLoop:
     """Called after a coefficient that a person asked for was written."""
     preview_refusal: Callable[[], str | None] | None = None
     """Set by a trainer that can say where a coefficient would lead; gives the reason where it cannot."""
+    holds: Mapping[str, str] = MappingProxyType({})
+    """Set by a trainer: a set of the first coefficient also decides on the second, a controller of it."""
     rewards: RewardSlots | None = None
     """Set by a trainer whose reward can be replaced between two rollouts."""
     around_pause: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -283,7 +286,8 @@ class ControlLoop:
 
     def _overtake(self, control: SetCoefficient | SetReward) -> None:
         """It comes into force: what an earlier attempt had come to afterwards does not come back."""
-        self._replay = [change for change in self._replay if of(change) != of(control)]
+        gone = {of(control), ("coefficient", self.holds.get(getattr(control, "name", ""), ""))}
+        self._replay = [change for change in self._replay if of(change) not in gone]
 
     def _make_again(self, step: int, rollout: bool) -> None:
         for change in list(self._replay):

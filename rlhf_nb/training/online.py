@@ -180,6 +180,7 @@ class OnlineTrainer:
         loop.on_checkpoint = partial(self._because_asked, self.serving.checkpoint)
         loop.on_idle = partial(self._because_asked, self.serving.all)
         loop.on_change = self._hold_controller
+        loop.holds = {"kl_coef": "kl_controller"}
         if self.context.resume_from is not None:
             self.step, self.rollouts = load_checkpoint(self.context.resume_from, self)
             self.checkpointed = self.step

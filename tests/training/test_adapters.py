@@ -112,6 +112,8 @@ def test_taking_the_adapter_off_a_merged_model_gives_the_base_back(job, lora, tm
         ({"target_modules": ["q_proj"], "bias": "all"}, "trained biases or tokens"),
         ({"target_modules": ["q_proj"], "trainable_token_indices": [3]}, "trained biases or tokens"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "trained lm_head whole"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, r"began as a part of its base \(pissa\)"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "olora"}, r"began as a part of its base \(olora\)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

@@ -122,6 +122,13 @@ def test_what_a_person_sets_after_a_restart_is_not_overridden_by_what_came_later
     assert in_force(run, 20) == [("new", 11)] and run.values[name] == 0.5
 
 
+def test_what_was_let_go_later_before_a_restart_does_not_take_back_what_a_person_sets_after_it():
+    run = Asked(replay=[recorded("learning_rate", 17), recorded("kl_coef", 18)])
+    run.loop.holds = {"kl_coef": "learning_rate"}
+    run.ask(SetCoefficient(id="new", name="kl_coef", value=0.5))
+    assert in_force(run, 20) == [("new", 11)]
+
+
 def test_a_set_that_was_read_before_the_restart_comes_after_what_was_in_force_then():
     run = Asked(replay=[recorded("kl_coef", 14)], asked={"pending": 16})
     run.ask(SetCoefficient(id="pending", name="kl_coef", value=0.5))
