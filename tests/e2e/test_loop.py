@@ -12,7 +12,7 @@ import playwright.sync_api
 import psutil
 import pytest
 
-from .conftest import colours
+from .conftest import colours, give_way
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -72,6 +72,7 @@ def test_slider_reload_and_a_killed_worker(lab, new_page, end_runs, wait_for, ra
     # It starts, on as many ranks as were asked for, and the curve is painted.
     wait_for(lambda: last_step(run) >= 3, "three steps", 180)
     assert of(run, "started")[0]["world_size"] == ranks
+    give_way(run)
     page.page.wait_for_selector(".rlhf-curve canvas", timeout=60_000)
     wait_for(lambda: painted(page, ".rlhf-curve") > 8, "the loss curve has pixels")
 

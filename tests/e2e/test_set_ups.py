@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from rlhf_nb.compute.rundir import LineTail
+
+from .conftest import give_way
+
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 SUBSHELLS = "@jupyterlab/apputils-extension:kernels-settings"
@@ -69,8 +73,6 @@ def test_ipykernel_6_streams_steers_and_survives_a_reload(start_lab, new_scene, 
 
 
 def test_notebook_7_opens_the_panel(start_lab, new_page, end_runs, tmp_path, wait_for):
-    from rlhf_nb.compute.rundir import LineTail
-
     workspace = tmp_path / "seven"
     end_runs.append(workspace / "runs")
     cells = [
@@ -92,6 +94,7 @@ def test_notebook_7_opens_the_panel(start_lab, new_page, end_runs, tmp_path, wai
         panel = page.page.locator(".rlhf-panel").first
         panel.wait_for(timeout=120_000)
         wait_for(lambda: int(panel.get_attribute("data-rows") or 0) > 5, "the panel holds rows", 120)
+        give_way(workspace / "runs" / "sft-1")
         page.page.wait_for_selector(".rlhf-curve canvas", timeout=60_000)
         field = panel.locator('.rlhf-slider[data-name="learning_rate"] input[type=text]')
         field.fill("0.0002")
