@@ -162,6 +162,28 @@ def test_a_verdict_that_came_too_late_is_not_the_next_question_s():
     assert checker.verdicts([wrong, wrong, right, wrong], timeout=3) == [False, False, True, False]
 
 
+def test_a_reward_s_time_limit_leaves_the_alarm_of_others_as_it_was():
+    """A process has one timer: pytest-timeout's, or the notebook's own."""
+    heard: list[float] = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: heard.append(time.monotonic()))
+    mine = signal.setitimer(signal.ITIMER_REAL, 50.0, 7.0)
+    try:
+        with limited(30, "reward r"):
+            time.sleep(0.05)
+        left, every = signal.getitimer(signal.ITIMER_REAL)
+        assert 0 < left <= 49.95 and every == 7.0 and not heard
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with limited(30, "reward r"):
+            time.sleep(0.1)
+        deadline = time.monotonic() + 10
+        while not heard and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(heard) == 1, "late rather than never"
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *mine)
+
+
 def test_a_checker_that_died_is_started_again():
     assert score("math-answer", ["4"], ["4"]) == [1.0]
     checker._process.kill()
