@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from rlhf_nb.errors import ComputeError, SpecError
 from rlhf_nb.feedback.chat import Question, Reply
 from rlhf_nb.protocol.spec import VARIABLE, Endpoint
-from rlhf_nb.training.rollout.vllm_engine import reason
+from rlhf_nb.training.rollout.vllm_engine import IDLE_S, reason
 
 if TYPE_CHECKING:
     import httpx
@@ -102,7 +102,7 @@ class EndpointChat:
         self._http = httpx.Client(
             headers=headers,
             timeout=endpoint.timeout_s,
-            limits=httpx.Limits(max_connections=endpoint.at_once),
+            limits=httpx.Limits(max_connections=endpoint.at_once, keepalive_expiry=IDLE_S),
             # No proxy stands between this machine and itself.
             trust_env=not _here(urlsplit(endpoint.url).hostname or ""),
         )

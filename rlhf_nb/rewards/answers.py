@@ -25,7 +25,7 @@ def math_answer(
     that ends so itself.
 
     Args:
-        timeout: Seconds for reading one answer, and again for comparing. What takes longer scores 0.
+        timeout: CPU seconds for reading one answer, and again for comparing. What takes longer scores 0.
 
     Returns:
         0 also for every completion of a row whose own `answer` math-verify cannot read.

@@ -51,7 +51,7 @@ DENIED = (
 )  # fmt: skip
 """System calls that fail with EPERM: (x86_64, aarch64) numbers. Ways into other processes, mounts, keys and the parts
 of the kernel in which holes are found."""
-CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
+CLONE, CLONE3, SOCKET, PRCTL = (56, 220), (435, 435), (41, 198), (157, 167)
 FAMILIES = (1, 2, 10)
 """Sockets that may be made: Unix, IPv4, IPv6. Others stand in no network namespace (vsock), or are doors into the
 kernel."""
@@ -78,8 +78,12 @@ def write(path: str, text: str) -> None:
         raise NotBuilt(f"{path}: {error.strerror}") from None
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
+    """At once where it is gone already. A fork does not inherit it, and a change of user takes it away."""
     call("prctl", libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    # A parent outside our PID namespace is 0, there or gone.
+    if os.getppid() not in (parent, 0):
+        os._exit(NOT_BUILT)
 
 
 def enter_namespaces() -> None:
@@ -232,6 +236,8 @@ def system_call_filter(machine: str) -> list[tuple[int, int, int, int]]:
     # Its flags lie in memory, where no filter sees them: the C library then goes back to clone.
     made += [(equal, 0, 1, CLONE3[column]), fail(errno.ENOSYS)]
     made += [(equal, 0, 4, CLONE[column]), (look, 0, 0, 16), (any_bit, 0, 1, NAMESPACES), fail(errno.EPERM), allow]
+    # Where no namespace ends it, it would outlive whoever asked.
+    made += [(equal, 0, 4, PRCTL[column]), (look, 0, 0, 16), (equal, 0, 1, PDEATHSIG), fail(errno.EPERM), allow]
     made += [(equal, 0, len(FAMILIES) + 3, SOCKET[column]), (look, 0, 0, 16)]
     for at, family in enumerate(FAMILIES):
         last = at + 1 == len(FAMILIES)
@@ -316,9 +322,7 @@ def wait_for(child: int, *, trusted: bool) -> int:
 def main() -> None:
     settings = json.loads(sys.argv[1])
     channel = settings["channel"]
-    die_with_parent()
-    if os.getppid() != settings["parent"]:
-        os._exit(NOT_BUILT)
+    die_with_parent(settings["parent"])
     source = sys.stdin.buffer.read().decode("utf-8", "replace")
     isolated = settings["isolated"]
     if isolated:
@@ -330,23 +334,26 @@ def main() -> None:
             print(error, file=sys.stderr)
             os._exit(NOT_BUILT)
     # The first child of a PID namespace is its init: with it, everything inside ends.
+    first = os.getpid()
     init = os.fork()
     if init:
         close_descriptors(None)
         os._exit(wait_for(init, trusted=True))
     try:
         drop_privileges()
-        die_with_parent()
+        die_with_parent(first)
         # Nobody else who is nobody may look into init or stop it.
         call("prctl", libc.prctl(SET_DUMPABLE, 0, 0, 0, 0))
         os.listdir(os.path.dirname(os.__file__))
     except (NotBuilt, OSError) as error:
         print(error, file=sys.stderr)
         os._exit(NOT_BUILT)
+    init = os.getpid()
     worker = os.fork()
     if worker:
         close_descriptors(None)
         os._exit(wait_for(worker, trusted=False))
+    die_with_parent(init)
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     close_descriptors(channel)
     os.setsid()

@@ -46,7 +46,8 @@ class Limits:
     memory_bytes: int = 512 << 20
     """Address space of one process."""
     processes: int = 4
-    """Processes and threads at once, two of them the sandbox's own; with `memory_bytes` the bound on all memory."""
+    """Processes and threads at once, two of them the sandbox's own; with `memory_bytes` the bound on all memory. Weak
+    has one process, whatever this says."""
     open_files: int = 64
     file_bytes: int = 8 << 20
     """Size of one file."""
@@ -79,10 +80,11 @@ class Outcome:
 
 
 def require(level: Level) -> str:
-    """What the level means here, in words for the run's log.
+    """What the level means here, in words for the run's log. Found out once.
 
     Raises:
-        UnavailableError: It cannot be had here, with the wall that could not be built.
+        UnavailableError: It cannot be had here, with the wall that could not be built; or that could not be found out
+            in time, and is tried again when it is next asked for.
     """
     reason = _missing(level)
     if reason and level == "isolated":
@@ -100,6 +102,7 @@ def require(level: Level) -> str:
 
 PROBE = "import ctypes\nprint('up', ctypes.CDLL(None).prctl(21, 0, 0, 0, 0))"
 """PR_GET_SECCOMP is 2 under a filter."""
+PROBE_S = 30.0
 
 
 def _missing(level: Level) -> str:
@@ -117,8 +120,13 @@ def _probed(level: Level) -> str:
     """What a run of a level says of itself, or why there was none."""
     if not sys.platform.startswith("linux"):
         return f"needs Linux and this is {sys.platform}"
-    with Jail(PROBE, level=level) as jail:
+    with Jail(PROBE, level=level, limits=Limits(wall_s=PROBE_S)) as jail:
         outcome = jail.wait()
+    if outcome.ended == "time":
+        # Raised, and so not remembered: the machine is busy now.
+        raise UnavailableError(
+            f'sandbox="{level}": it could not be tried within {PROBE_S:g} s on this machine, which is busy; try again'
+        )
     said = outcome.output.decode("utf-8", "replace").strip().splitlines()
     return said[-1] if said else f"its first process ended with status {outcome.status}"
 
@@ -163,7 +171,8 @@ class Jail:
             "file_bytes": limits.file_bytes,
             "work_bytes": limits.work_bytes,
             "open_files": limits.open_files,
-            "processes": limits.processes,
+            # What a process starts would outlive it, where no PID namespace ends with it.
+            "processes": limits.processes if level == "isolated" else 0,
             "cpu_s": limits.cpu_s,
         }
         self.began = time.monotonic()

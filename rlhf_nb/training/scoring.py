@@ -6,6 +6,7 @@ import hashlib
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -285,14 +286,17 @@ def limited(seconds: float, what: str) -> Iterator[None]:
     def late(*_: Any) -> None:
         raise RewardError(f"{what}: no answer within reward_timeout={seconds:g} s; make it faster or raise the limit")
 
-    before = signal.signal(signal.SIGALRM, late)
+    before, began = signal.signal(signal.SIGALRM, late), time.monotonic()
     # Again every second: a bare `except` around the slow line may swallow the first.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    left, every = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left:
+            # There is one timer: whoever else had set it hears it late rather than never.
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 1e-3), every)
 
 
 class Journal:

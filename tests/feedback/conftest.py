@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,14 +13,23 @@ import pytest
 
 from rlhf_nb.protocol.spec import Endpoint
 
+NEVER = object()
+"""The server keeps such a question until it ends."""
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # Of more than 5 that come at once, which is the default, the others would wait for a second or more.
+    request_queue_size = 128
+
 
 class ChatServer:
-    """`answer(body)` gives the reply: a text, `(status, body)`, seconds to sleep first as `("sleep", s, reply)`, or a
-    whole choice as a dict."""
+    """`answer(body)` gives the reply: a text, `(status, body)`, `NEVER`, or a whole choice as a dict."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.ends = threading.Event()
         self.answer: Callable[[dict[str, Any]], Any] = lambda body: "A"
         owner = self
 
@@ -31,11 +39,11 @@ class ChatServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 owner.requests.append(body)
-                owner.headers.append({"path": self.path, **dict(self.headers)})
+                owner.headers.append({"path": self.path, "port": str(self.client_address[1]), **dict(self.headers)})
                 said = owner.answer(body)
-                if isinstance(said, tuple) and said[0] == "sleep":
-                    time.sleep(said[1])
-                    said = said[2]
+                if said is NEVER:
+                    owner.ends.wait(60)
+                    said = "A"
                 status, headers, reply = 200, {}, said
                 if isinstance(said, tuple):
                     status, reply = said[0], said[1]
@@ -57,8 +65,7 @@ class ChatServer:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
+        self.http = Server(("127.0.0.1", 0), Handler)
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
 
@@ -70,6 +77,7 @@ class ChatServer:
         return Endpoint(**{"url": self.url, "model": "planted", "retries": 2, "timeout_s": 5, **settings})
 
     def close(self) -> None:
+        self.ends.set()
         self.http.shutdown()
         self.http.server_close()
 

@@ -15,6 +15,7 @@ from rlhf_nb.feedback.endpoint import EndpointChat, checked
 from rlhf_nb.feedback.judge import ChatJudge, Comparison, Journaled, all_of, compare_both
 from rlhf_nb.feedback.tally import tally
 from rlhf_nb.protocol.spec import Endpoint
+from tests.feedback.conftest import NEVER
 
 HELLO = Question([{"role": "user", "content": "A or B?"}], ("A", "B"), 8)
 SECRET = "sk-very-secret-0123456789"
@@ -119,11 +120,11 @@ def test_a_wait_that_the_server_asks_for_is_held_within_limits(chat_server, chat
 
 
 def test_one_that_never_answers_is_a_timeout_and_the_others_have_theirs(chat_server, chat):
-    chat_server.answer = lambda body: ("sleep", 3.0, "A") if "slow" in str(body) else "A"
+    chat_server.answer = lambda body: NEVER if "slow" in str(body) else "A"
     slow = Question([{"role": "user", "content": "slow"}], (), 8)
-    replies = ask(chat(timeout_s=1.0, retries=1), slow, HELLO)
+    replies = ask(chat(timeout_s=5, retries=1), slow, HELLO)
     assert [reply.failure for reply in replies] == ["timeout", ""]
-    assert replies[0].detail == "no answer within 1 s"
+    assert replies[0].detail == "no answer within 5 s"
     assert len(chat_server.requests) == 3
 
 
@@ -132,7 +133,7 @@ def test_a_server_that_trickles_does_not_hold_a_question_for_ever(chat_server, c
     chat_server.answer = lambda body: (200, b"{", {"Content-Length": "1000"})
     began = time.monotonic()
     (reply,) = ask(chat(timeout_s=0.5, retries=0))
-    assert reply.failure in ("timeout", "error") and time.monotonic() - began < 5
+    assert reply.failure in ("timeout", "error") and time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
@@ -204,19 +205,23 @@ def test_an_address_where_nothing_answers_is_said_after_the_retries(chat_server)
 
 
 def test_at_most_so_many_questions_are_under_way(chat_server, chat):
-    lock, under_way, most = threading.Lock(), [0], [0]
+    lock, under_way, most, three = threading.Lock(), [0], [0], threading.Barrier(3)
+    waits_for_two_more = iter([True] * 3 + [False] * 9)
 
     def slow(body):
         with lock:
             under_way[0] += 1
             most[0] = max(most[0], under_way[0])
+            waits = next(waits_for_two_more)
+        if waits:
+            three.wait(30)
         time.sleep(0.03)
         with lock:
             under_way[0] -= 1
         return "A"
 
     chat_server.answer = slow
-    ask(chat(at_once=3), *[HELLO] * 12)
+    ask(chat(at_once=3, timeout_s=60), *[HELLO] * 12)
     assert most[0] == 3
 
 
@@ -234,6 +239,15 @@ def test_where_nobody_waits_any_more_nothing_is_tried_again(chat_server, chat):
     waiting.set()
     time.sleep(0.2)
     assert len(chat_server.requests) == 3
+
+
+def test_a_connection_that_the_server_may_be_ending_is_not_used_again(chat_server, chat, monkeypatch):
+    monkeypatch.setattr(endpoints, "IDLE_S", 0.05)
+    one = chat()
+    ask(one)
+    time.sleep(0.2)
+    ask(one)
+    assert len({headers["port"] for headers in chat_server.headers}) == 2
 
 
 def test_a_redirect_is_not_followed_with_the_token(chat_server, chat, monkeypatch):

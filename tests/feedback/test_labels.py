@@ -13,6 +13,7 @@ from rlhf_nb.methods.judge import JudgePairs, PairJudge, candidates
 from rlhf_nb.protocol.spec import ModelJudge, NamedJudge, PathModel
 from rlhf_nb.toy import pairs, quality_scores, rankings
 from rlhf_nb.toy.judge import ToyJudge
+from tests.feedback.conftest import NEVER
 
 ROWS = pairs(60, seed=3)
 TOWN = load("toy-town").model_dump(mode="json")
@@ -120,7 +121,7 @@ def test_a_judge_that_times_out_refuses_and_rambles_loses_nothing_else(job, chat
     def answer(body):
         prompt, a, b = read_shown(body)
         if prompt == ROWS[0]["prompt"]:
-            return "sleep", 3.0, "A"
+            return NEVER
         if prompt == ROWS[1]["prompt"]:
             return "I'm sorry, but I cannot compare these."
         if prompt == ROWS[2]["prompt"]:
@@ -128,7 +129,7 @@ def test_a_judge_that_times_out_refuses_and_rambles_loses_nothing_else(job, chat
         return "A" if a < b else "B"
 
     chat_server.answer = answer
-    place = job("judge", ROWS[:10], judge=chat_server.endpoint(timeout_s=1.5, retries=0), policy=None)
+    place = job("judge", ROWS[:10], judge=chat_server.endpoint(timeout_s=5, retries=0), policy=None)
     saved = event(place, "data_saved")
     failures = {cause: saved.counts[cause] for cause in ("timeout", "refusal", "unreadable")}
     assert failures == {"timeout": 1, "refusal": 1, "unreadable": 1} and saved.dropped["unanswered"] == 3

@@ -73,6 +73,7 @@ def labelled(rewards: Tensor, rows: int, generator: torch.Generator) -> list[dic
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("beta", [0.5, 1.0])
 def test_dpo_on_sampled_labels_comes_to_the_gibbs_policy(job, tmp_path, beta):
     rows, batch = 100_000, 250

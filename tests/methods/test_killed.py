@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rlhf_nb import registry
 from rlhf_nb.methods.base import Method
 from rlhf_nb.methods.online import OnlineMethod
@@ -28,6 +30,7 @@ def methods() -> list[type[Method]]:
     return [one for one in found if one.trains and one.__module__.startswith("rlhf_nb.methods.") and one.name != "ppo"]
 
 
+@pytest.mark.timeout(900)
 def test_every_method_killed_in_every_phase_equals_a_run_that_never_was(job, tiny_model_maker):
     job.model = tiny_model_maker("still", dropout=0.0)
 

@@ -217,7 +217,7 @@ def test_one_rank_s_exception_ends_all_quickly_with_its_message(ranks):
     place = ranks.prepare("two", 2, reward=FunctionReward(name="picky", source=source))
     began = time.monotonic()
     assert "rank one does not like it" in ranks(place, fails=True)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
 
 
 def test_a_config_file_without_a_number_of_ranks_beside_it_is_refused():

@@ -22,7 +22,10 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, s
     monkeypatch.setenv("RLHF_NB_AUTOLABEL", "toy-annotator")
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "a chapter is committed without outputs"
-    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    # How long a busy machine takes to start a kernel, or to hand on what a cell printed, says nothing of the chapter.
+    patience = {"timeout": 900, "iopub_timeout": 120, "startup_timeout": 300}
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, kernel_name="python3", resources=resources, **patience)
     client.execute()
     texts = {}
     for cell in notebook.cells:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENT_PIP = {"PIP_RETRIES": "8", "PIP_DEFAULT_TIMEOUT": "60"}
+"""For what comes from package indexes, unless the environment says otherwise: about a minute of retries."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def distributions(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     """Built by the ordinary front ends in isolated environments, on a machine that has no Node."""
     folder = tmp_path_factory.mktemp("dist")
-    environment = {**os.environ, "PATH": path_without_node(folder / "bin")}
+    environment = {**PATIENT_PIP, **os.environ, "PATH": path_without_node(folder / "bin")}
     assert shutil.which("npm", path=environment["PATH"]) is None
 
     def run(*command: str) -> None:

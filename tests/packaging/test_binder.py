@@ -12,6 +12,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from .conftest import PATIENT_PIP
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 PROBE = """
@@ -37,14 +39,13 @@ def environment(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     requirements.write_text("\n".join(line for line in lines if not line.startswith("--")), "utf-8")
     install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     install += ["-c", str(repository / "constraints.txt"), "-r", str(requirements)]
-    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    done = subprocess.run(install, env={**PATIENT_PIP, **os.environ}, capture_output=True, text=True, check=False)
     if "No matching distribution found for torch==" in done.stderr and os.environ.get("CI") != "true":
         pytest.skip("no CPU build of torch within reach; with a network binder takes it from PyTorch's index")
     assert done.returncode == 0, done.stderr
     path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
-    built = subprocess.run(
-        ["bash", "binder/postBuild"], cwd=repository, env={**os.environ, "PATH": path}, capture_output=True, text=True
-    )
+    variables = {**PATIENT_PIP, **os.environ, "PATH": path}
+    built = subprocess.run(["bash", "binder/postBuild"], cwd=repository, env=variables, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     return folder
 
@@ -61,6 +62,7 @@ def test_the_quickstart_runs_in_it(environment: Path, repository: Path, tmp_path
     path = os.pathsep.join([str(environment / "bin"), os.environ["PATH"]])
     command = [str(environment / "bin" / "jupyter"), "nbconvert", "--to", "notebook", "--execute"]
     command += ["--ExecutePreprocessor.kernel_name=python3", "--ExecutePreprocessor.timeout=1200"]
+    command += ["--ExecutePreprocessor.iopub_timeout=120", "--ExecutePreprocessor.startup_timeout=300"]
     command += ["--output-dir", str(tmp_path), str(repository / "notebooks" / "00_quickstart.ipynb")]
     done = subprocess.run(
         command,

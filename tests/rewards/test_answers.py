@@ -11,6 +11,7 @@ import time
 import pytest
 
 from rlhf_nb.errors import RewardError
+from rlhf_nb.rewards import math_checker
 from rlhf_nb.rewards.functions import from_reference, named
 from rlhf_nb.rewards.math_checker import checker
 from rlhf_nb.training.scoring import limited
@@ -88,14 +89,65 @@ def test_hostile_mathematics_scores_nothing_in_bounded_time_and_the_next_is_judg
     ]
     began = time.monotonic()
     assert score("math-answer", texts, ["4"] * 6, timeout=1) == [0, 0, 0, 0, 0, 1]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120
 
 
-def test_a_checker_that_hangs_is_ended_and_the_next_answer_is_judged():
-    """Stopped, as a call into C would hold it: an alarm inside is never heard."""
-    assert score("math-answer", ["4"], ["4"]) == [1.0]
+def test_a_checker_that_hangs_is_ended_and_the_next_answer_is_judged(monkeypatch):
+    """Stopped, so that it uses no CPU time."""
+    monkeypatch.setattr(math_checker, "PATIENCE", 0.25)
+    assert score("math-answer", ["4"], ["4"], timeout=5) == [1.0]
     os.kill(checker._process.pid, signal.SIGSTOP)
-    assert score("math-answer", ["4", "4"], ["4", "4"], timeout=1) == [0.0, 1.0]
+    assert score("math-answer", ["4", "4"], ["4", "4"], timeout=5) == [0.0, 1.0]
+
+
+@pytest.fixture
+def child_in_which(monkeypatch):
+    """The next child runs some lines first; `parse` is then math-verify's own, within its time limit."""
+
+    def prepare(lines: str) -> None:
+        checker.close()
+        source = f"import time\nimport math_verify.parser as parser\nparse = parser.extract_target_from_pred\n{lines}"
+        monkeypatch.setattr(math_checker, "START", f"exec({source!r})\n{math_checker.START}")
+
+    yield prepare
+    checker.close()
+
+
+def test_the_first_answer_is_judged_as_the_next_whatever_a_fresh_child_takes_to_get_ready(child_in_which):
+    child_in_which("""
+def slow_at_first(*args, **kwargs):
+    parser.extract_target_from_pred = parse
+    until = time.process_time() + 1.3
+    while time.process_time() < until: pass
+    return parse(*args, **kwargs)
+parser.extract_target_from_pred = slow_at_first
+""")
+    assert score("math-answer", ["4", "4"], ["4", "4"], timeout=1) == [1.0, 1.0]
+
+
+def test_a_busy_machine_makes_no_right_answer_wrong(child_in_which):
+    """What waits uses no CPU time."""
+    child_in_which("""
+def starved(text, *args, **kwargs):
+    time.sleep(1.3 if text == "4" else 0)
+    return parse(text, *args, **kwargs)
+parser.extract_target_from_pred = starved
+""")
+    assert score("math-answer", ["4"], ["4"], timeout=1) == [1.0]
+
+
+def test_one_call_into_c_without_end_is_ended_and_asked_once(child_in_which, tmp_path):
+    began = tmp_path / "began"
+    child_in_which(f"""
+def endless(text, *args, **kwargs):
+    if "6" in text:
+        open({str(began)!r}, "a").write("x")
+        any(iter(int, 1))
+    return parse(text, *args, **kwargs)
+parser.extract_target_from_pred = endless
+""")
+    assert score("math-answer", ["6", "4"], ["4", "4"], timeout=1) == [0.0, 1.0]
+    assert began.read_text() == "x"
 
 
 def test_a_verdict_that_came_too_late_is_not_the_next_question_s():
@@ -108,6 +160,28 @@ def test_a_verdict_that_came_too_late_is_not_the_next_question_s():
     if checker._process is not None:
         os.kill(checker._process.pid, signal.SIGCONT)
     assert checker.verdicts([wrong, wrong, right, wrong], timeout=3) == [False, False, True, False]
+
+
+def test_a_reward_s_time_limit_leaves_the_alarm_of_others_as_it_was():
+    """A process has one timer: pytest-timeout's, or the notebook's own."""
+    heard: list[float] = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: heard.append(time.monotonic()))
+    mine = signal.setitimer(signal.ITIMER_REAL, 50.0, 7.0)
+    try:
+        with limited(30, "reward r"):
+            time.sleep(0.05)
+        left, every = signal.getitimer(signal.ITIMER_REAL)
+        assert 0 < left <= 49.95 and every == 7.0 and not heard
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with limited(30, "reward r"):
+            time.sleep(0.1)
+        deadline = time.monotonic() + 10
+        while not heard and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(heard) == 1, "late rather than never"
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *mine)
 
 
 def test_a_checker_that_died_is_started_again():

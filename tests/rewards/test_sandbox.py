@@ -19,30 +19,41 @@ from rlhf_nb.errors import UnavailableError
 from rlhf_nb.rewards import jail, sandbox
 from rlhf_nb.rewards.sandbox import Jail, Limits
 
-SHORT = Limits(wall_s=3.0, cpu_s=1)
+SHORT = Limits(wall_s=20.0, cpu_s=10)
 
 try:
     WHY_NOT = sandbox.require("isolated") and ""
 except UnavailableError as refusal:
     WHY_NOT = str(refusal)
-isolated = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+UNDER_CI = os.environ.get("CI") == "true"
+isolated = pytest.mark.skipif(bool(WHY_NOT) and not UNDER_CI, reason=WHY_NOT)  # a green CI means that it ran
 
 
 def run(source: str, limits: Limits = SHORT) -> sandbox.Outcome:
     return sandbox.run(textwrap.dedent(source), limits=limits)
 
 
-def jails() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if str(sandbox.JAIL) in (p.info["cmdline"] or [])]
+def jails(parent: int | None = None) -> list[psutil.Process]:
+    """Processes of the sandboxes that a process asked for, this one or another: tests beside this one have theirs."""
+    asked = f'"parent": {parent or os.getpid()}, '
+    lines = ((p, p.info["cmdline"] or [""]) for p in psutil.process_iter(["cmdline"]))
+    return [p for p, line in lines if str(sandbox.JAIL) in line and asked in line[-1]]
+
+
+def left_running(parent: int | None = None) -> list[psutil.Process]:
+    """What does not end by itself; ended here."""
+    deadline = time.monotonic() + 20
+    while (left := jails(parent)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in left:
+        process.kill()
+    return left
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_running():
     yield
-    deadline = time.monotonic() + 5
-    while (left := jails()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert left == []
+    assert left_running() == []
 
 
 @isolated
@@ -60,13 +71,13 @@ def test_a_script_runs_with_an_empty_environment_in_an_empty_directory():
 )
 def test_an_endless_loop_ends_at_its_limit(source):
     done = run(source, Limits(wall_s=1.0, cpu_s=60))
-    assert done.ended == "time" and done.seconds < 2.5
+    assert done.ended == "time" and done.seconds < 15
 
 
 @isolated
 def test_cpu_time_ends_a_loop_that_ignores_the_signal():
-    done = run("import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", Limits(20.0, cpu_s=1))
-    assert done.ended == "killed" and done.seconds < 10
+    done = run("import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", Limits(60.0, cpu_s=1))
+    assert done.ended == "killed"
 
 
 @isolated
@@ -239,7 +250,7 @@ def verdict(machine: str, number: int, argument: int = 0, architecture: int | No
 def test_the_filter_refuses_what_is_listed_and_nothing_else(machine):
     column = jail.ARCHITECTURES[machine][0]
     allow, kill, no = 0x7FFF0000, 0x80000000, 0x00050000
-    special = {numbers[column] for numbers in (jail.CLONE, jail.CLONE3, jail.SOCKET)}
+    special = {numbers[column] for numbers in (jail.CLONE, jail.CLONE3, jail.SOCKET, jail.PRCTL)}
     denied = {numbers[column] for numbers in jail.DENIED}
     for number in range(600):
         if number not in special:
@@ -249,6 +260,9 @@ def test_the_filter_refuses_what_is_listed_and_nothing_else(machine):
     for flag in (0x10000000, 0x00020000, 0x20000000, 0x40000000, 0x08000000, 0x04000000):
         assert verdict(machine, jail.CLONE[column], fork | flag) == no | errno.EPERM
     assert verdict(machine, jail.CLONE3[column]) == no | errno.ENOSYS
+    options = {option: verdict(machine, jail.PRCTL[column], option) for option in range(100)}
+    assert {option for option, said in options.items() if said != allow} == {jail.PDEATHSIG}
+    assert options[jail.PDEATHSIG] == no | errno.EPERM
     families = {family: verdict(machine, jail.SOCKET[column], family) for family in range(50)}
     assert {family for family, said in families.items() if said == allow} == {1, 2, 10}
     assert set(families.values()) == {allow, no | errno.EAFNOSUPPORT}
@@ -304,17 +318,33 @@ print(live, RLHF_CHANNEL)
     kept.close()
 
 
+PYTHON = sys.executable
+
+
+def asked_and_died(level: sandbox.Level) -> None:
+    """Nothing is left of a run that only waits when the process that asked for it is killed."""
+    code = f"""
+import sys
+from rlhf_nb.rewards import sandbox
+sys.executable = {sys.executable!r}
+sandbox.require({level!r})
+print("found out", flush=True)
+sandbox.run("import time; time.sleep(600)", level={level!r}, limits=sandbox.Limits(wall_s=600))
+"""
+    asker = subprocess.Popen([PYTHON, "-c", code], stdout=subprocess.PIPE)
+    assert asker.stdout is not None and asker.stdout.readline() == b"found out\n"
+    deadline = time.monotonic() + 60
+    while len(jails(asker.pid)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(jails(asker.pid)) == 3, "the first process, init and the worker"
+    asker.kill()
+    asker.communicate()
+    assert left_running(asker.pid) == []
+
+
 @isolated
 def test_it_dies_with_whoever_asked():
-    code = "from rlhf_nb.rewards import sandbox as s\ns.run('import time; time.sleep(60)', limits=s.Limits(wall_s=60))"
-    asker = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 20
-    # Two jails come and go while the level is found out; the third stays.
-    while not any(p.create_time() < time.time() - 1 for p in jails()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert jails()
-    asker.kill()
-    asker.wait()
+    asked_and_died("isolated")
 
 
 @isolated
@@ -357,6 +387,16 @@ def test_a_wall_that_cannot_be_built_is_named(monkeypatch):
         sandbox._probed.cache_clear()
 
 
+@isolated
+def test_a_machine_too_busy_to_find_out_is_asked_again(monkeypatch):
+    sandbox._probed.cache_clear()
+    with monkeypatch.context() as busy:
+        busy.setattr(sandbox, "PROBE_S", 0.0)
+        with pytest.raises(UnavailableError, match=r'^sandbox="isolated": .* within 0 s .* busy; try again$'):
+            sandbox.require("isolated")
+    assert sandbox.require("isolated").startswith("isolated: ")
+
+
 @pytest.fixture
 def weak(monkeypatch):
     """An interpreter that every user may read: root's own may be in its home."""
@@ -366,6 +406,8 @@ def weak(monkeypatch):
     try:
         sandbox.require("weak")
     except UnavailableError as refusal:
+        if UNDER_CI:
+            raise
         pytest.skip(str(refusal))
     yield
     sandbox._probed.cache_clear()
@@ -373,7 +415,7 @@ def weak(monkeypatch):
 
 def test_weak_keeps_the_limits_and_starts_no_process(weak):
     def weakly(source: str) -> sandbox.Outcome:
-        return sandbox.run(source, level="weak", limits=Limits(wall_s=1.5, cpu_s=1, processes=0))
+        return sandbox.run(source, level="weak", limits=Limits(wall_s=20.0, cpu_s=2))
 
     assert weakly("import os; print(sorted(set(os.environ) - {'LC_CTYPE'}), os.getuid() != 0)").output == b"[] True\n"
     assert weakly("while True: pass").ended in ("time", "killed")
@@ -381,3 +423,21 @@ def test_weak_keeps_the_limits_and_starts_no_process(weak):
     assert b"MemoryError" in weakly("x = bytearray(1 << 34)").output
     here = weakly("import os; open('mine', 'w').write('x'); print(os.getcwd())").output.decode().strip()
     assert here.startswith("/") and not Path(here).exists()
+
+
+def test_weak_ends_what_only_waits_when_its_time_is_up(weak):
+    done = sandbox.run("import time; time.sleep(600)", level="weak", limits=Limits(wall_s=2.0))
+    assert done.ended == "time" and left_running() == []
+
+
+def test_weak_dies_with_whoever_asked(weak):
+    asked_and_died("weak")
+
+
+def test_weak_cannot_undo_its_end_and_starts_no_process_whoever_asks(weak):
+    """Root becomes a nobody who runs nothing else, so a limit above 0 would leave it some."""
+    done = sandbox.run("import os; os.fork()", level="weak")
+    assert b"Resource temporarily unavailable" in done.output
+    if "a seccomp filter" in sandbox.require("weak"):
+        off = "import ctypes; libc = ctypes.CDLL(None); print(libc.prctl(1, 0, 0, 0, 0), libc.prctl(21, 0, 0, 0, 0))"
+        assert sandbox.run(off, level="weak").output == b"-1 2\n"

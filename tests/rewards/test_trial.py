@@ -43,7 +43,7 @@ def test_what_would_fail_in_the_run_fails_before_it(body, says):
 def test_what_cannot_be_tried_here_is_left_to_the_run():
     began = time.monotonic()
     assert trial("import time; time.sleep(60)", timeout=0.5) is None
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert trial("import only_the_compute_has_it") is None
 
 
@@ -54,7 +54,10 @@ def ws(tmp_path):
         yield workspace
 
 
-def test_a_run_is_refused_in_the_cell_that_asks_for_it(ws):
+def test_a_run_is_refused_in_the_cell_that_asks_for_it(ws, monkeypatch):
+    # What has not answered by then is left to the run.
+    monkeypatch.setattr("rlhf_nb.stages.train.TRIAL_S", 120.0)
+
     def train(reward, prompts="sums"):
         return ws.train(rl.PPO(), policy="toy-sft", prompts=prompts, reward=reward)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import time
 
 import pytest
@@ -16,7 +17,8 @@ try:
     WHY_NOT = sandbox.require("isolated") and ""
 except UnavailableError as refusal:
     WHY_NOT = str(refusal)
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+# A green CI means that they ran.
+pytestmark = pytest.mark.skipif(bool(WHY_NOT) and os.environ.get("CI") != "true", reason=WHY_NOT)
 
 
 def rows(shared_data, name: str) -> list[dict]:

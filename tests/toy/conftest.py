@@ -46,7 +46,7 @@ trainer.save_model(sys.argv[1])
 
 def train_toy_sft(directory: Path) -> Path:
     """In a process of its own, so that no other test's torch settings or random state play a part."""
-    done = subprocess.run([sys.executable, "-c", TRAIN, str(directory)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", TRAIN, str(directory)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return directory
 

@@ -13,6 +13,9 @@ from rlhf_nb.toy import chance, corpus, data, grammar
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+# Whichever asks first trains toy-sft.
+pytestmark = pytest.mark.timeout(1200)
+
 CHAT = [{"role": "user", "content": "Where is the bakery?"}]
 
 
