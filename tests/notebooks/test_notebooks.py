@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 
 from rlhf_nb.studies import methods
 from rlhf_nb.studies import over_optimisation as study
+from tests.servers import kernel_ports
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -22,7 +23,8 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, s
     monkeypatch.setenv("RLHF_NB_AUTOLABEL", "toy-annotator")
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "a chapter is committed without outputs"
-    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    where = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where, config=kernel_ports())
     client.execute()
     texts = {}
     for cell in notebook.cells:
