@@ -1,4 +1,4 @@
-"""Jupyter servers for the tests: on a port that nobody else is given, ended with everything they started."""
+"""Jupyter servers and kernels for the tests: on ports that nobody else is given, ended with what they started."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from jupyter_client import BlockingKernelClient, KernelManager
+from traitlets.config import Config
 
 # Below what Linux hands out on its own, so that between choosing a port and listening on it no connection takes it.
 PORTS = range(20000, 32768)
 READY_S = 120
+CHANNELS = ("shell", "iopub", "stdin", "hb", "control")
 
 
 def free_port() -> int:
@@ -26,6 +30,30 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def kernel_ports() -> Config:
+    """Settings of a kernel manager. The ports that it finds on its own are anybody's until its kernel listens."""
+    ports: set[int] = set()
+    while len(ports) < len(CHANNELS):
+        ports.add(free_port())
+    given = {f"{channel}_port": port for channel, port in zip(CHANNELS, ports, strict=True)}
+    return Config(KernelManager={"cache_ports": False, **given})
+
+
+@contextlib.contextmanager
+def jupyter_kernel(**start: Any) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
+    """A kernel that answers; `start` is what its process gets, such as `cwd`."""
+    manager = KernelManager(kernel_name="python3", config=kernel_ports())
+    manager.start_kernel(**start)
+    client = manager.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=READY_S)
+        yield manager, client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,8 @@ PUSH_S = 0.025
 LOOK_S = 0.008
 SILENT_S = 60.0
 """Seconds after the last sign of a client until nothing is sent to it: a killed notebook says no farewell."""
+PUT_AWAY_S = 30.0
+"""Seconds a restart waits until the attempt before it is put away; its client waits twice as long for the answer."""
 VERDICT_S = 3.0
 """Seconds to wait for a supervisor's verdict on a run whose processes are gone."""
 _SEQ = re.compile(rb'"seq": ?(\d+)')
@@ -147,14 +149,15 @@ class Agent:
     def _tend_standby(self) -> None:
         if self._standby is not None:
             mine, process = self._standby
-            if process.poll() is not None:
+            left = process.poll() is not None
+            if mine.taken:
+                # It reads nothing from its stdin any more.
+                self._children.append(process)
+                self._standby = None
+            elif left:
                 last = RunDir(mine.path).log_tail(1)
                 self._standby_problem = last[0] if last else f"it left with code {process.returncode}"
                 mine.remove()
-                self._standby = None
-            elif mine.owner is not None and mine.offer is None:
-                # Taken: it reads nothing from its stdin any more.
-                self._children.append(process)
                 self._standby = None
         wanted = self.keep_standby and not self._standby_problem and self._standby is None
         if wanted and not self._run_is_starting() and standby.memory_allows():
@@ -343,7 +346,8 @@ class Agent:
             if ended["outcome"] == "finished":
                 raise ComputeError(f"{run_id} has finished; train from its model instead: policy={run_id}")
             lock = Lock(run)
-            if not lock.take(timeout=5):
+            # Its supervisor keeps the lock until the launcher has left or been ended, which may take seconds.
+            if not lock.take(timeout=PUT_AWAY_S):
                 raise ComputeError(f"{run_id} is still being put away; try again in a few seconds")
             try:
                 attempt = int(ended["attempt"]) + 1

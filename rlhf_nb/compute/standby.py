@@ -44,6 +44,11 @@ class Standby:
         """`flags` and `ranks` while it is free, else None."""
         return read_json(self.path / "offer.json")
 
+    @property
+    def taken(self) -> bool:
+        """Whether somebody has claimed it. The directory goes with the run, which may have ended since."""
+        return (self.path / "claimed.json").exists() or not self.path.exists()
+
     def ready(self) -> bool:
         offer = self.offer
         return offer is not None and len(RunDir(self.path).rank_files()) >= offer["ranks"]

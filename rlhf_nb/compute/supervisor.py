@@ -37,6 +37,8 @@ from rlhf_nb.protocol.events import (
 )
 
 POLL_S = 0.05
+IMPORT_S = 60.0
+"""Seconds after which a supervisor that has been started and does not supervise is given up on."""
 GRACE_S = 5.0
 """Seconds the other ranks get to leave after one has fallen, and the launcher after its ranks."""
 
@@ -46,14 +48,14 @@ def ensure_supervised(run_dir: Path | str) -> bool:
     run = RunDir(run_dir)
     if not run.attempt_path.exists() or run.supervised() or (run.exit() is not None and run.said_its_end()):
         return False
-    if _locked(run):
+    if _locked(run) or _on_its_way(run):
         return False
     start_supervisor(run)
     return True
 
 
-_started: list[subprocess.Popen[bytes]] = []
-"""Detached, but still this process's children: they are reaped when the next one starts, and by `reap`."""
+_started: list[tuple[subprocess.Popen[bytes], Path, float]] = []
+"""With the run and when. Detached, but still children: they are reaped when the next one starts, and by `reap`."""
 
 
 def start_supervisor(run: RunDir) -> None:
@@ -66,12 +68,20 @@ def start_supervisor(run: RunDir) -> None:
             start_new_session=True,
         )
     reap()
-    _started.append(process)
+    _started.append((process, run.path, time.monotonic()))
 
 
 def reap() -> None:
     """Take leave of supervisors that have ended, so that they do not stay as zombies."""
-    _started[:] = [process for process in _started if process.poll() is None]
+    _started[:] = [one for one in _started if one[0].poll() is None]
+
+
+def _on_its_way(run: RunDir) -> bool:
+    """True where this process has started a supervisor that imports, and so holds no lock yet."""
+    return any(
+        path == run.path and process.poll() is None and time.monotonic() - at < IMPORT_S
+        for process, path, at in _started
+    )
 
 
 def parent_state(runs_root: Path, parent: str) -> tuple[str, str]:

@@ -31,11 +31,16 @@ def upgrade(engine: Engine, place: Place) -> None:
     with engine.connect() as connection:
         if _version(connection, place) == HEAD:
             return
+    # Loaded here: others wait for the write lock only so long, and this takes seconds on a slow disk.
+    from alembic import command
+
+    config = alembic_config()
     with engine.connect().execution_options(**{WRITE: True}) as connection, connection.begin():
         if not place.is_sqlite:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
         if _version(connection, place) != HEAD:
-            _run_alembic(connection)
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
 
 
 def alembic_config() -> Config:
@@ -46,14 +51,6 @@ def alembic_config() -> Config:
     # ConfigParser reads a % as the start of an interpolation.
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     return config
-
-
-def _run_alembic(connection: Connection) -> None:
-    from alembic import command
-
-    config = alembic_config()
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
 
 
 def _version(connection: Connection, place: Place) -> str | None:

@@ -55,8 +55,7 @@ class Panel(anywidget.AnyWidget):
         self._last_status: dict[str, Any] = {}
         self._last_controls: messages.Controls | None = None
         self._samples_sent = 0
-        # The cell after this one may block the kernel before any page's hello is read.
-        self._unasked_at: float | None = time.monotonic() + UNASKED_S
+        self._unasked_at: float | None = None
         self._deaf = False
         """No hello was read, and rows are sent all the same."""
         self._heard_at = 0.0
@@ -71,6 +70,8 @@ class Panel(anywidget.AnyWidget):
         self._human_read = False
         self._esm, self._css = assets.bundle("panel.js"), assets.bundle("panel.css")
         super().__init__(run_id=run.id, **options)
+        # The cell after this one may block the kernel before any page's hello is read.
+        self._unasked_at = time.monotonic() + UNASKED_S
         self.on_msg(self._on_message)
         self._subscription = run.subscribe(self._on_events, since=0)
         self._sender = threading.Thread(target=self._send_loop, name=f"panel-{run.id}", daemon=True)

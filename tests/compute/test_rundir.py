@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -22,6 +23,7 @@ from rlhf_nb.compute import agent as agent_module
 from rlhf_nb.compute import supervisor
 from rlhf_nb.compute.agent import Agent
 from rlhf_nb.compute.rundir import EventWriter, LineTail, ProcessIdentity, RunDir, append_line, write_json
+from rlhf_nb.compute.standby import Standby
 from rlhf_nb.compute.supervisor import Supervisor, ensure_supervised
 from rlhf_nb.errors import ComputeError, NotFoundError, StorageError
 from rlhf_nb.protocol.control import SetCoefficient, Stop
@@ -107,6 +109,7 @@ def test_a_refused_write_is_one_line_with_the_way_out(
 def agent(tmp_path: Path) -> agent_module.Agent:
     found = Agent(tmp_path / "runs", Launch(), keep_standby=False)
     yield found
+    found.close()
     found.close()
 
 
@@ -210,6 +213,90 @@ def test_a_stop_is_obeyed_once_and_not_by_the_attempt_after_it(tmp_path: Path) -
     assert (run.exit() or {})["outcome"] == "stopped"
     acknowledged = [event.id for event in run.events() if event.kind == "control_acknowledged"]
     assert acknowledged == [first.id, impatient.id, again.id]
+
+
+@pytest.fixture
+def still_agent(agent: Agent) -> Agent:
+    """An agent that looks at nothing on its own."""
+    agent.close()
+    for thread in agent._threads:
+        thread.join()
+    return agent
+
+
+def test_a_supervisor_that_is_still_starting_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "probe-i")
+    run.create(toy_spec(run_id="probe-i"))
+    write_json(run.attempt_path, {"attempt": 1, "resume_from": None})
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    started: list[tuple[subprocess.Popen[bytes], Path, float]] = []
+    monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(slow)))
+    monkeypatch.setattr(supervisor, "_started", started)
+    try:
+        assert ensure_supervised(run.path)
+        assert not ensure_supervised(run.path)
+        with monkeypatch.context() as later:
+            later.setattr(supervisor, "IMPORT_S", 0.0)
+            assert ensure_supervised(run.path), "one that hangs keeps nobody from the run"
+        for process, *_ in started:
+            process.kill()
+            process.wait()
+        assert ensure_supervised(run.path)
+    finally:
+        for process, *_ in started:
+            process.kill()
+            process.wait()
+
+
+def test_a_restart_waits_until_the_attempt_before_it_is_put_away(
+    still_agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(still_agent.runs_root / "probe-z")
+    run.create(toy_spec(run_id="probe-z"))
+    write_json(run.exit_path, {"attempt": 1, "outcome": "failed"})
+    before, now = supervisor.Lock(run), [0.0]
+    assert before.take()
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > 2 * supervisor.GRACE_S:
+            before.release()
+
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(agent_module, "start_supervisor", lambda run: None)
+    assert still_agent.op_restart(run.run_id) == {"attempt": 2, "from_step": 0}
+
+
+@pytest.mark.parametrize(
+    ("fate", "problem"),
+    [
+        ("its job has ended", ""),
+        ("its job has ended and was put away", ""),
+        ("its launcher fell", "it left with code 0"),
+        ("it fell", "it left with code 0"),
+    ],
+)
+def test_a_standby_whose_job_was_over_before_anybody_looked_has_not_failed(
+    still_agent: Agent, fate: str, problem: str
+) -> None:
+    mine = Standby(still_agent.runs_root / ".standby" / "warm")
+    write_json(mine.path / "owner.json", ProcessIdentity.of().to_dict())
+    write_json(mine.path / "offer.json", {"flags": [], "ranks": 1})
+    if problem == "":
+        assert mine.claim()
+    if fate.endswith("put away"):
+        mine.remove()
+    if fate == "its launcher fell":
+        os.rename(mine.path / "offer.json", mine.path / "withdrawn.json")
+    process = subprocess.Popen(["true"])
+    process.wait()
+    still_agent._standby = (mine, process)
+    still_agent._tend_standby()
+    assert (still_agent._standby, still_agent._standby_problem) == (None, problem)
 
 
 def test_nobody_is_called_to_a_run_that_is_just_being_given_to_a_standby(

@@ -9,7 +9,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import psutil
 import pytest
 
 from rlhf_nb.compute.client import Client
@@ -57,7 +56,8 @@ def test_killed_launcher_and_supervisor_leave_the_worker_working_and_another_sup
     client.submit(spec, BLOBS)
     first_metric(client, spec.run_id)
     run = place(client, spec.run_id)
-    os.kill((run.supervisor() or {})["launcher"]["pid"], signal.SIGKILL)
+    launcher = until(lambda: (run.supervisor() or {}).get("launcher"), 60, "the supervisor says what it watches")
+    os.kill(launcher["pid"], signal.SIGKILL)
     steps = len(metrics(client, spec.run_id))
     until(lambda: len(metrics(client, spec.run_id)) > steps + 5)
     assert client.status(spec.run_id)["state"] == "running"
@@ -208,13 +208,13 @@ def test_a_run_outlives_its_notebook_and_an_idle_standby_does_not(tmp_path: Path
     client = None
     try:
         assert notebook.stdout is not None
-        agent = psutil.Process(int(notebook.stdout.readline()))
+        agent = ProcessIdentity.of(int(notebook.stdout.readline()))
         idle = [standby for standby in Standby.all(root) if standby.offer is not None]
         ranks = [ProcessIdentity.from_dict(rank) for one in idle for rank in RunDir(one.path).rank_files().values()]
         assert len(idle) == len(ranks) == 1
         notebook.kill()
         notebook.wait()
-        until(lambda: not agent.is_running() or agent.status() == psutil.STATUS_ZOMBIE, 30, "the agent has left")
+        until(lambda: not agent.alive(), 30, "the agent has left")
         until(lambda: not any(rank and rank.alive() for rank in ranks), 30, "the idle standby has left")
         client = Client(LocalKernel(), runs_root=str(root), standby=False)
         assert [(row["run_id"], row["state"]) for row in client.runs()] == [("survivor", "running")]

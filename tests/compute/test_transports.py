@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
-from jupyter_client.manager import start_new_kernel
 
 from rlhf_nb import registry
 from rlhf_nb.compute.client import Client
 from rlhf_nb.compute.rundir import ProcessIdentity, read_json
 from rlhf_nb.compute.transports import kernel_file
+from rlhf_nb.compute.transports import server as server_module
 from rlhf_nb.compute.transports.kernel_file import KernelFile, _Heart
 from rlhf_nb.compute.transports.local import LocalKernel
 from rlhf_nb.compute.transports.server import Server
 from rlhf_nb.compute.transports.zmq_link import ZmqLink
 from rlhf_nb.errors import AttachError
-from tests.servers import jupyter_server
+from tests.servers import jupyter_kernel, jupyter_server
 
 from .conftest import new_root, until
 
@@ -89,11 +92,18 @@ def test_no_server_at_all_says_so() -> None:
         Client(Server("http://127.0.0.1:9"))
 
 
-def test_requests_are_answered_while_a_cell_of_that_kernel_runs() -> None:
-    manager, kernel = start_new_kernel(kernel_name="python3")
+@pytest.fixture
+def kernel() -> Iterator[tuple[str, Any]]:
+    """The connection file of a kernel that somebody else started, and that somebody's client."""
+    with jupyter_kernel() as (manager, client):
+        yield manager.connection_file, client
+
+
+def test_requests_are_answered_while_a_cell_of_that_kernel_runs(kernel: tuple[str, Any]) -> None:
+    file, kernel = kernel
     client = None
     try:
-        launcher = KernelFile(manager.connection_file)
+        launcher = KernelFile(file)
         root = new_root()
         client = Client(launcher, runs_root=str(root), standby=False)
         write_log(root, "probe-old", 5)
@@ -109,8 +119,6 @@ def test_requests_are_answered_while_a_cell_of_that_kernel_runs() -> None:
     finally:
         if client is not None:
             client.close()
-        manager.shutdown_kernel(now=True)
-        kernel.stop_channels()
 
 
 @pytest.fixture
@@ -176,8 +184,8 @@ def test_whether_a_link_is_alive_is_asked_without_its_heart(tmp_path: Path) -> N
 SESSIONS = "from rlhf_nb.compute import agent; print(f'sessions {len(agent._agent.sessions)}')"
 
 
-def test_a_connection_that_only_seemed_lost_leaves_no_session_in_the_agent() -> None:
-    manager, kernel = start_new_kernel(kernel_name="python3")
+def test_a_connection_that_only_seemed_lost_leaves_no_session_in_the_agent(kernel: tuple[str, Any]) -> None:
+    file, kernel = kernel
     client = None
 
     def sessions() -> int:
@@ -189,7 +197,7 @@ def test_a_connection_that_only_seemed_lost_leaves_no_session_in_the_agent() -> 
                 return int(said.split()[1])
 
     try:
-        client = Client(KernelFile(manager.connection_file), runs_root=str(new_root()), standby=False)
+        client = Client(KernelFile(file), runs_root=str(new_root()), standby=False)
         assert sessions() == 1
         for _ in range(2):
             before = client._connection
@@ -200,8 +208,6 @@ def test_a_connection_that_only_seemed_lost_leaves_no_session_in_the_agent() -> 
     finally:
         if client is not None:
             client.close()
-        manager.shutdown_kernel(now=True)
-        kernel.stop_channels()
 
 
 def test_a_file_that_is_no_connection_file_says_so(tmp_path: Path) -> None:
@@ -313,6 +319,36 @@ def test_a_page_that_is_no_jupyter_server_is_said_to_be_none(answers: dict[str, 
     says = f"attach server: {url} answers api/kernels as no Jupyter Server does; "
     assert str(caught.value) == says + "give the address that its start prints, up to /lab or /tree"
     assert len(heard) == asked
+
+
+def test_a_server_may_wait_for_its_kernel_before_it_opens_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            time.sleep(5 * server_module.HTTP_S)
+            key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+            self.send_response(101)
+            self.send_header("Upgrade", "websocket")
+            self.send_header("Connection", "Upgrade")
+            self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+            self.end_headers()
+            self.rfile.read(1)  # the client's farewell
+            self.close_connection = True
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(server_module, "HTTP_S", 0.1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as slow:
+        threading.Thread(target=slow.serve_forever, daemon=True).start()
+        link = server_module.WebSocketLink(f"ws://127.0.0.1:{slow.server_port}/", {}, lambda kill: None)
+        try:
+            link.start(lambda message: None, lambda reason: None)
+            assert link.alive
+        finally:
+            link.close(kill=False)
+            slow.shutdown()
 
 
 def test_a_python_that_does_not_start_a_kernel_says_so() -> None:

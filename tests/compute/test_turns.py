@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_nb.compute.client import Client
 from rlhf_nb.compute.rundir import ProcessIdentity, RunDir, write_json
+from rlhf_nb.compute.standby import Standby
 from rlhf_nb.compute.turns import Turns
 from rlhf_nb.protocol.control import SetCoefficient, Stop
 
@@ -25,19 +26,22 @@ def test_runs_compute_one_at_a_time_in_the_order_they_came_and_a_child_waits_for
 ) -> None:
     client = attached_client
     assert client.wait_standby(120).standby == "ready"
-    first, second, third = (toy_spec(max_steps=40, step_s=0.05) for _ in range(3))
+    first = toy_spec(max_steps=100_000)
+    second, third = (toy_spec(max_steps=2) for _ in range(2))
     # Submitted before its parent computes, and before the third; it waits, and overtakes nobody.
     child = toy_spec(max_steps=2, parent=second.run_id)
-    for spec in (first, second, child, third):
-        client.submit(spec, BLOBS)
+    client.submit(first, BLOBS)
     first_metric(client, first.run_id)
-    until(lambda: client.status(second.run_id)["phase"] == "queued", 60)
-    until(lambda: client.status(child.run_id)["phase"] == "waiting", 60)
+    for spec, phase in ((second, "queued"), (child, "waiting"), (third, "queued")):
+        client.submit(spec, BLOBS)
+        until(lambda spec=spec, phase=phase: client.status(spec.run_id)["phase"] == phase, what=phase)
     assert client.status(child.run_id)["state"] == "waiting"
     assert metrics(client, second.run_id) == []
     # A line written while it waits is acted on at its first step.
     client.control(child.run_id, SetCoefficient(name="learning_rate", value=0.02))
-    for spec in (first, second, third, child):
+    client.control(first.run_id, Stop())
+    assert end_of(client, first.run_id) == "stopped"
+    for spec in (second, third, child):
         assert end_of(client, spec.run_id) == "finished"
 
     def span(run_id: str) -> tuple[float, float]:
@@ -56,7 +60,9 @@ def test_runs_compute_one_at_a_time_in_the_order_they_came_and_a_child_waits_for
 
 
 def test_other_launch_flags_start_cold_and_say_so(attached_client: Client) -> None:
-    attached_client.wait_standby(120)
+    # What the client heard last may be of the standby that the run before has taken.
+    root = Path(attached_client.info.runs_root)
+    until(lambda: any(standby.ready() for standby in Standby.all(root)), 120, "a standby is ready")
     spec = toy_spec(max_steps=2, launch="--mixed_precision no")
     attached_client.submit(spec, BLOBS)
     assert end_of(attached_client, spec.run_id) == "finished"

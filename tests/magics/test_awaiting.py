@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from jupyter_client.manager import start_new_kernel
+
+from tests.servers import jupyter_kernel
 
 
 class Cell:
@@ -36,8 +37,8 @@ class Cell:
 
 
 class Kernel:
-    def __init__(self, folder: str) -> None:
-        self.manager, self.client = start_new_kernel(kernel_name="python3", cwd=folder)
+    def __init__(self, manager: Any, client: Any) -> None:
+        self.manager, self.client = manager, client
 
     def __call__(self, code: str, **more: Any) -> Cell:
         return Cell(self, code, **more)
@@ -46,19 +47,13 @@ class Kernel:
         """As Jupyter interrupts a kernel beside it: the whole process group hears it, what the kernel started too."""
         os.killpg(os.getpgid(self.manager.provisioner.pid), signal.SIGINT)
 
-    def close(self) -> None:
-        self.client.stop_channels()
-        self.manager.shutdown_kernel(now=True)
-
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory) -> Iterator[Kernel]:
-    made = Kernel(str(tmp_path_factory.mktemp("await")))
-    try:
+    with jupyter_kernel(cwd=str(tmp_path_factory.mktemp("await"))) as (manager, client):
+        made = Kernel(manager, client)
         made("%load_ext rlhf_nb")
         yield made
-    finally:
-        made.close()
 
 
 def test_waiting_for_a_run_that_is_not_there_is_one_line(kernel):

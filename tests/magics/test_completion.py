@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from jupyter_client.manager import start_new_kernel
+
+from tests.servers import jupyter_kernel
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory) -> Iterator:
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path_factory.mktemp("complete")))
-    client.execute_interactive("%load_ext rlhf_nb\n_ = %rlhf", timeout=60)
-    yield client
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
+    with jupyter_kernel(cwd=str(tmp_path_factory.mktemp("complete"))) as (_, client):
+        client.execute_interactive("%load_ext rlhf_nb\n_ = %rlhf", timeout=60)
+        yield client
 
 
 @pytest.mark.parametrize(

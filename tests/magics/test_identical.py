@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from rlhf_nb.compute.rundir import RunDir
 from rlhf_nb.protocol.fold import RunFold
 from rlhf_nb.toy import demonstrations, pairs
+from tests.servers import kernel_ports
 
 pytestmark = [pytest.mark.slow]
 
@@ -58,7 +59,8 @@ def test_standby_panel_and_untouched_control_leave_the_loss_traces_bit_identical
         cells.append("%rlhf wait {run}")
     notebook = nbformat.v4.new_notebook()
     notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
-    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    where = {"metadata": {"path": tmp_path}}
+    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources=where, config=kernel_ports())
     with plain:
         try:
             client.execute()

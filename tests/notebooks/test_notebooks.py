@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 
 from rlhf_nb.studies import methods
 from rlhf_nb.studies import over_optimisation as study
+from tests.servers import kernel_ports
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -25,7 +26,7 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, s
     # How long a busy machine takes to start a kernel, or to hand on what a cell printed, says nothing of the chapter.
     patience = {"timeout": 900, "iopub_timeout": 120, "startup_timeout": 300}
     resources = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(notebook, kernel_name="python3", resources=resources, **patience)
+    client = NotebookClient(notebook, kernel_name="python3", resources=resources, config=kernel_ports(), **patience)
     client.execute()
     texts = {}
     for cell in notebook.cells:

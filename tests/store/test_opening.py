@@ -193,6 +193,28 @@ def test_importing_the_package_loads_no_database_library():
     assert found.stdout.strip() == "[]"
 
 
+BEGINS = """
+import sys
+import sqlalchemy as sa
+from rlhf_nb.store import Store
+from rlhf_nb.store.engine import WRITE
+loaded = []
+@sa.event.listens_for(sa.Engine, "begin")
+def begin(connection):
+    if connection.get_execution_options().get(WRITE):
+        loaded.append("alembic.command" in sys.modules)
+Store.open(sys.argv[1]).close()
+print(loaded[0])
+"""
+
+
+def test_nobody_waits_for_the_write_lock_while_alembic_loads(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-c", BEGINS, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "True"
+
+
 def test_opening_a_current_workspace_does_not_load_alembic(tmp_path):
     Store.open(tmp_path).close()
     code = "import sys; from rlhf_nb.store import Store; Store.open(sys.argv[1]); print('alembic' in sys.modules)"

@@ -19,6 +19,8 @@ from rlhf_nb.errors import AttachError
 from rlhf_nb.protocol.spec import VARIABLE
 
 HTTP_S = 20.0
+START_S = 90.0
+"""Seconds for the websocket to open: Jupyter Server first waits, up to 60 s, for a kernel that is still starting."""
 PULSE_S = 15.0
 _CHANNELS = ("iopub", "shell", "control")
 
@@ -161,7 +163,7 @@ class WebSocketLink:
 
         # No token argument: the client would put it into the URL. An interval of 0 would mean dead after a drop.
         self._client = KernelWebSocketClient(
-            endpoint, token=None, headers=headers, reconnect_interval=1, timeout=HTTP_S
+            endpoint, token=None, headers=headers, reconnect_interval=1, timeout=START_S
         )
         self._end = end
         self._closing = threading.Event()
@@ -185,9 +187,10 @@ class WebSocketLink:
         starter = threading.Thread(target=client.start_channels, daemon=True)
         starter.start()
         starter.join()
+        client.timeout = HTTP_S
         if not client.channels_running:
             client.stop_channels()
-            raise AttachError(f"attach server: no websocket within {HTTP_S:g} s; does a proxy in between allow it?")
+            raise AttachError(f"attach server: no websocket within {START_S:g} s; does a proxy in between allow it?")
         for name in _CHANNELS:
             arguments = (getattr(client, f"{name}_channel"), on_message, on_lost)
             threading.Thread(target=self._read, args=arguments, name=f"rlhf-{name}", daemon=True).start()
