@@ -2,7 +2,8 @@
 
 A Llama of random weights (12.6 M parameters at a vocabulary of 8,000), prompts of 16 tokens, completions of `--length`
 tokens without an end token, a reward model of the policy's size; `--rows` completions a rollout in two minibatches, two
-passes over them; the same precision for rollout and update on both sides. Each arm is a process of its own; of
+passes over them; the same precision for rollout and update on both sides (in bf16 ours has reference and reward model in it
+too, which TRL leaves in float32). Each arm is a process of its own; of
 `--rollouts` the first warms up and the others count. Must: full parameters in fp32 at least 0.95 of TRL's speed (lower quartile), in bf16 at least 1.3.
 
 The LoRA rows do less work than TRL's with LoRA, which trains a whole value model beside the adapter, and are another
@@ -30,12 +31,19 @@ ROWS = {
     "full bf16": ({"precision": "bf16"}, {"bf16": True}),
     "lora, two adapters, fp32": ({"lora": True}, {"lora": True}),
     "lora, shared trunk, fp32": ({"lora": True, "value_model": "policy_trunk"}, {"lora": True}),
+    "lora, two adapters, bf16": ({"lora": True, "precision": "bf16"}, {"lora": True, "bf16": True}),
+    "lora, shared trunk, bf16": (
+        {"lora": True, "value_model": "policy_trunk", "precision": "bf16"},
+        {"lora": True, "bf16": True},
+    ),
 }
 MUST = {
     "full fp32": ("q1", 0.95),
     "full bf16": ("median", 1.3),
     "lora, two adapters, fp32": ("median", 1.2),
     "lora, shared trunk, fp32": ("median", 1.7),
+    "lora, two adapters, bf16": ("median", 1.2),
+    "lora, shared trunk, bf16": ("median", 1.7),
 }
 
 

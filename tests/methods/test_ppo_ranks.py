@@ -8,17 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from rlhf_nb import registry
 from rlhf_nb.errors import SpecError
+from rlhf_nb.methods.ppo import PPO
 from rlhf_nb.protocol.control import SetReward, Stop
 from rlhf_nb.protocol.spec import CombinedReward, FunctionReward, Launch, LoRA, RewardPart
-from rlhf_nb.training import checkpoints
+from rlhf_nb.training import checkpoints, sharding
 
 from .conftest import LETTERS, ROWS, VOWELS, fold, function, pretraining
 
@@ -27,7 +30,7 @@ CONFIG = {
     "max_length": 80, "sample_every": 0, "learning_rate": 3e-3, "kl_coef": 0.2,
 }  # fmt: skip
 """Minibatches of three rows: two ranks share each unevenly."""
-FLAGS = {1: "--num_processes 1", 2: "--multi_gpu --num_processes 2 --main_process_port 0"}
+FLAGS = {1: "", 2: "--multi_gpu --num_processes 2 --main_process_port 0"}
 RANK = """
 import dataclasses, json, os, sys
 from pathlib import Path
@@ -128,10 +131,11 @@ def ranks(job, tiny_model_maker, tmp_path):
         return job.prepare(method, ROWS, name=name, config=config, reward=reward, launch=launch, **(spec or {}))
 
     def run(place: Any, *, fails: bool = False, **asked: Any) -> str:
-        program = Path(sys.executable).parent / "accelerate"
-        arguments = json.dumps({"place": str(place.path), **asked})
+        flags = place.spec().launch.flags
+        # One rank alone needs no launcher, which takes seconds to import.
+        program = [Path(sys.executable).parent / "accelerate", "launch", *flags] if flags else [sys.executable]
         done = subprocess.run(
-            [program, "launch", *place.spec().launch.flags, script, arguments],
+            [*program, script, json.dumps({"place": str(place.path), **asked})],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert (done.returncode != 0) == fails, done.stderr[-4000:]
@@ -329,17 +333,27 @@ def test_sharded_weights_go_back_to_the_last_good_checkpoint_too(ranks, on_one_r
         torch.testing.assert_close(weight, kept[f"policy.{name}"])
 
 
+def test_a_sharding_that_the_loop_cannot_follow_is_refused_in_one_line(ranks):
+    config = ranks.job.root / "fsdp.yaml"
+    config.write_text(FSDP.format(version=1))
+    place = ranks.prepare("two", 2, flags=f"--config_file {config} --num_processes 2")
+    assert "use fsdp_version 2, or --multi_gpu" in ranks(place, fails=True)
+
+
 @pytest.mark.parametrize(
-    ("version", "knobs", "adapter", "reason"),
+    ("knobs", "adapter", "reason"),
     [
-        (1, {}, None, "use fsdp_version 2, or --multi_gpu"),
-        (2, {}, LoRA(r=4, quantize="4bit"), "use quantize=none"),
-        (2, {"optimizer": "adamw_8bit"}, None, "which FSDP does not shard; use optimizer=adamw"),
+        ({}, LoRA(r=4, quantize="4bit"), "use quantize=none"),
+        ({"optimizer": "adamw_8bit"}, None, "which FSDP does not shard; use optimizer=adamw"),
     ],
 )
-def test_a_sharding_that_the_loop_cannot_follow_is_refused_in_one_line(ranks, version, knobs, adapter, reason):
-    config = ranks.job.root / "fsdp.yaml"
-    config.write_text(FSDP.format(version=version))
-    flags = f"--config_file {config} --num_processes 2"
-    place = ranks.prepare("two", 2, spec={"adapter": adapter}, flags=flags, **knobs)
-    assert reason in ranks(place, fails=True)
+def test_what_is_packed_into_bytes_is_refused_before_it_is_sharded(monkeypatch, knobs, adapter, reason):
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=True))
+    found = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
+    monkeypatch.setattr(sharding, "Accelerator", lambda **_: found)
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), ("FSDP_CPU_RAM_EFFICIENT_LOADING", "")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SpecError, match=reason) as said:
+        sharding.accelerator(False, PPO(**knobs), SimpleNamespace(adapter=adapter))
+    assert "\n" not in str(said.value)
+    assert sharding.accelerator(False, PPO(), SimpleNamespace(adapter=None)) is found

@@ -1,54 +1,14 @@
-"""`toy-sft`, trained once a session by its recipe with plain TRL."""
+"""`toy-sft`, as users have it, and what it says."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-TRAIN = """
-import sys
-
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
-
-from rlhf_nb import toy
-
-recipe = dict(toy.SFT_RECIPE)
-rows = toy.dataset(recipe.pop("data"))[1]
-args = SFTConfig(
-    output_dir=sys.argv[1],
-    completion_only_loss=True,
-    max_length=512,
-    bf16=False,
-    gradient_checkpointing=False,
-    use_cpu=True,
-    save_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
-    **recipe,
-)
-chats = [
-    {
-        "prompt": [{"role": "user", "content": row["prompt"]}],
-        "completion": [{"role": "assistant", "content": row["completion"]}],
-    }
-    for row in rows
-]
-trainer = SFTTrainer(model=str(toy.model_path()), args=args, train_dataset=Dataset.from_list(chats))
-trainer.train()
-trainer.save_model(sys.argv[1])
-"""
-
-
-def train_toy_sft(directory: Path) -> Path:
-    """In a process of its own, so that no other test's torch settings or random state play a part."""
-    done = subprocess.run([sys.executable, "-c", TRAIN, str(directory)], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return directory
+from rlhf_nb.training import models
+from rlhf_nb.training.context import Emitter
 
 
 def _sample(directory: Path, prompts: list[str], seed: int = 0) -> list[str]:
@@ -71,8 +31,9 @@ def _sample(directory: Path, prompts: list[str], seed: int = 0) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def toy_sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_toy_sft(tmp_path_factory.mktemp("toy-sft"))
+def toy_sft() -> Path:
+    """Whoever needs it first, of all tests and of all sessions, trains it."""
+    return models.toy_sft(Emitter(None))
 
 
 @pytest.fixture(scope="session")
