@@ -186,8 +186,8 @@ def toy_sft(emit: Emitter) -> Path:
                 "OMP_",
             )
             env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-            # So small a model gains little by a second thread, loses minutes where another process has the core, and of
-            # one thread it is the same model on every machine.
+            # So small a model gains little by a second thread, loses minutes where another process has the core, and is
+            # another model with each number of threads.
             env["OMP_NUM_THREADS"] = "1"
             done = subprocess.run(
                 [sys.executable, "-m", "rlhf_nb.training.toy_sft", str(scratch)],

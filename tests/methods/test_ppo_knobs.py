@@ -71,6 +71,16 @@ def test_a_kl_coef_set_by_hand_holds_the_controller_until_it_is_released(ppo):
     assert steps == {("kl_coef", 0.5): 1, ("kl_controller", 0.0): 1, ("kl_controller", 1.0): 5}
 
 
+def test_a_kl_coef_set_after_a_restart_is_not_let_go_by_a_release_that_came_later_before_it(ppo):
+    place = ppo(kl_target=0.02, kl_horizon=40, checkpoint_every=4, controls=[SetCoefficient(name="kl_coef", value=0.5)])
+    append_line(place.control_path, SetCoefficient(name="kl_controller", value=1.0).model_dump(mode="json"))
+    ppo.job.run(place, attempt=2, resume_from=checkpoints.directory(place.path, 8))
+    assert [e.effective_step for e in fold(place).changes if (e.name, e.new) == ("kl_controller", 1.0)] == [9]
+    append_line(place.control_path, SetCoefficient(name="kl_coef", value=0.7).model_dump(mode="json"))
+    ppo.job.run(place, attempt=3, resume_from=checkpoints.directory(place.path, 4))
+    assert [row["objective/kl_coef"] for row in rollouts(place)] == [0.5, 0.7, 0.7, 0.7]
+
+
 def test_a_target_that_is_set_moves_kl_coef_at_its_effective_step(ppo):
     place = ppo(kl_target=0.02, kl_horizon=40, checkpoint_every=4)
     before = rollouts(place)

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from rlhf_nb.protocol.spec import LoRA, ModelReward, PathModel
 from rlhf_nb.rewards.model import RewardModelScorer
-from rlhf_nb.training import actor_critic
+from rlhf_nb.training import actor_critic, models
 from rlhf_nb.training.precision import halve_frozen
 
 from .conftest import ROWS, fold, rollouts
@@ -56,6 +56,18 @@ def test_frozen_weights_in_half_the_memory_change_no_output_and_no_gradient(kind
     (plain, gradients), (same, again) = found
     assert torch.equal(plain, same) and gradients.keys() == again.keys()
     assert all(torch.equal(gradients[name], again[name]) for name in gradients)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux")
+def test_a_model_of_which_nothing_trains_keeps_no_file_of_weights_in_memory(tmp_path):
+    def mapped() -> bool:
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    small("llama").save_pretrained(tmp_path)
+    model = models.load_model(str(tmp_path)).requires_grad_(False)
+    assert mapped(), "or there is nothing to let go of"
+    halve_frozen(model)
+    assert not mapped()
 
 
 @pytest.mark.parametrize("adapter", [None, LoRA(r=4)], ids=["full", "lora"])

@@ -321,8 +321,8 @@ print(live, RLHF_CHANNEL)
 PYTHON = sys.executable
 
 
-def asked_and_died(level: sandbox.Level) -> None:
-    """Nothing is left of a run that only waits when the process that asked for it is killed."""
+def outliving(level: sandbox.Level) -> list[psutil.Process]:
+    """What is left of a run that only waits when the process that asked for it is killed."""
     code = f"""
 import sys
 from rlhf_nb.rewards import sandbox
@@ -339,12 +339,12 @@ sandbox.run("import time; time.sleep(600)", level={level!r}, limits=sandbox.Limi
     assert len(jails(asker.pid)) == 3, "the first process, init and the worker"
     asker.kill()
     asker.communicate()
-    assert left_running(asker.pid) == []
+    return left_running(asker.pid)
 
 
 @isolated
 def test_it_dies_with_whoever_asked():
-    asked_and_died("isolated")
+    assert outliving("isolated") == []
 
 
 @isolated
@@ -431,7 +431,7 @@ def test_weak_ends_what_only_waits_when_its_time_is_up(weak):
 
 
 def test_weak_dies_with_whoever_asked(weak):
-    asked_and_died("weak")
+    assert outliving("weak") == []
 
 
 def test_weak_cannot_undo_its_end_and_starts_no_process_whoever_asks(weak):
